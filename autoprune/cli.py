@@ -1,0 +1,299 @@
+"""The commands: a thin layer over what Python callers use. Heavy imports are late."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from autoprune.reporting.session import (
+    observing,
+    session,
+    tell_exports,
+    tell_search,
+    write,
+)
+
+DEMO = "quick"
+"""Name of the space that the demo searches."""
+
+TARGETS = ("packed", "transformers")
+"""What the demo exports to."""
+
+app = typer.Typer(
+    name="autoprune",
+    help="Search, per layer, for the best way to compress a transformer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Run = Annotated[Path, typer.Argument(help="A run folder, or its name in results/runs.")]
+RunDir = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
+Model = Annotated[str | None, typer.Option(help="Folder, hub id, GGUF file, or demo.")]
+Text = Annotated[str | None, typer.Option(help="builtin, file:PATH or hub:OWNER/NAME.")]
+Trials = Annotated[int | None, typer.Option(min=1, help="Most trials.")]
+Target = Annotated[str | None, typer.Option(help="packed or transformers.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an export.")]
+Modules = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", metavar="MODULE", help="Load a module as a plugin."),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Write the result as JSON, and nothing else.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Tell everything, tracebacks included.")
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _about(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Tell the version.")
+    ] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("autoprune"))
+        raise typer.Exit
+
+
+@app.command()
+def search(
+    space: Annotated[str, typer.Argument(help="A YAML file, or a space that ships.")],
+    *,
+    model: Model = None,
+    run: RunDir = None,
+    budget: Annotated[str | None, typer.Option(help="Most time: 30min, 8h.")] = None,
+    trials: Trials = None,
+    size: Annotated[str | None, typer.Option(help="Most bytes: 40%, 55 MB.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="The strategy.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all chance.")] = None,
+    text: Text = None,
+    plugin: Modules = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search for the best policy. The same command goes on where it stopped.
+
+    Of --budget and --trials, what is given here stands in place of both in the file.
+    """
+    with session(verbose=verbose) as console:
+        config = _configure(
+            space,
+            ends={"budget": budget, "trials": trials},
+            modules=plugin or (),
+            model=model,
+            text__source=text,
+            objective__budgets__size_bytes=size,
+            search__sampler=sampler,
+            search__seed=seed,
+        )
+        result = _search(config, _new_folder(run, space), console)
+        tell_search(result, as_json=as_json)
+
+
+@app.command()
+def status(run: Run, *, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Tell how a run stands, also while it goes on."""
+    with session(verbose=verbose):
+        from autoprune.reporting import tables
+        from autoprune.reporting.status import RunStatus
+
+        found = RunStatus.read(_folder(run))
+        write(found.to_dict(), *tables.status_parts(found), as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model, or an export's folder.")],
+    *,
+    policy: Annotated[Path | None, typer.Option(help="Put this policy on it.")] = None,
+    text: Text = None,
+    target: Target = None,
+    plugin: Modules = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a model, an export, or a policy on a model."""
+    with session(verbose=verbose) as console:
+        from autoprune import deliver
+        from autoprune.reporting import tables
+
+        with observing(console) as observer:
+            found = deliver.evaluate(
+                model,
+                policy=policy,
+                text=_text(text),
+                target=target or TARGETS[0],
+                plugins=plugin or [],
+                observer=observer,
+            )
+        write(found, tables.metrics_table(found, title=model), as_json=as_json)
+
+
+@app.command()
+def export(
+    run: Run,
+    *,
+    trial: Annotated[int | None, typer.Option(help="A trial, not the winner.")] = None,
+    front: Annotated[bool, typer.Option("--front", help="All of the front.")] = False,
+    target: Target = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export the winner of a run, a trial or the front, and verify it."""
+    if front and trial is not None:
+        raise typer.BadParameter("give --trial or --front, not both")
+    with session(verbose=verbose) as console:
+        from autoprune import deliver
+
+        with observing(console) as observer:
+            reports = deliver.export(
+                _folder(run),
+                out=out,
+                trial=trial,
+                front=front,
+                target=target,
+                force=force,
+                observer=observer,
+            )
+        tell_exports(reports, as_json=as_json)
+
+
+@app.command()
+def apply(
+    policy: Annotated[Path, typer.Argument(help="A policy.json.")],
+    *,
+    model: Annotated[str, typer.Option(help="Folder, hub id, GGUF file, or demo.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    target: Target = None,
+    text: Text = None,
+    plugin: Modules = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put a policy on another checkpoint of the same shape, and export it."""
+    with session(verbose=verbose) as console:
+        from autoprune import deliver
+
+        with observing(console) as observer:
+            report = deliver.apply(
+                policy,
+                model=model,
+                out=out,
+                target=target or TARGETS[0],
+                text=_text(text),
+                force=force,
+                plugins=plugin or [],
+                observer=observer,
+            )
+        tell_exports([report], as_json=as_json)
+
+
+@app.command()
+def plugins(
+    *,
+    methods: Annotated[bool, typer.Option("--methods", help="List methods.")] = False,
+    plugin: Modules = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """List the plugins and what each registers, or the methods."""
+    with session(verbose=verbose):
+        from autoprune.plugins import load_plugins
+        from autoprune.reporting import machine, tables
+
+        found = load_plugins(plugin or [])
+        known = sorted(found.methods.values(), key=lambda method: str(method.name))
+        data, table = found.records, tables.plugins_table(found.records)
+        if methods:
+            data, table = machine.methods_data(known), tables.methods_table(known)
+        write(data, table, as_json=as_json)
+
+
+@app.command()
+def demo(
+    *,
+    model: Model = None,
+    run: RunDir = None,
+    trials: Trials = None,
+    text: Text = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compress SmolLM2-135M, export it to two targets, and verify both."""
+    with session(verbose=verbose) as console:
+        from autoprune import deliver
+
+        ends = {"trials": trials}
+        config = _configure(DEMO, ends=ends, model=model, text__source=text)
+        folder = _new_folder(run, "demo")
+        result = _search(config, folder, console)
+        reports = []
+        for target in TARGETS if result.finals else ():
+            with observing(console) as observer:
+                reports += deliver.export(
+                    folder, target=target, force=True, observer=observer
+                )
+        tell_search(result, as_json=as_json, exports=reports)
+
+
+def _configure(
+    space: str, *, ends: Mapping[str, Any], modules: Sequence[str] = (), **changes: Any
+) -> Any:
+    """Read a space; ends given here stand in place of all that the file names."""
+    from autoprune.config import RunConfig
+    from autoprune.run import find_space
+
+    given = {f"search__{name}": end for name, end in ends.items()}
+    config = RunConfig.from_yaml(find_space(space), **given, **changes)
+    search = config.search
+    if any(end is not None for end in ends.values()):
+        ended = {name: getattr(search, name) for name in ends if ends[name] is not None}
+        search = search.model_copy(update={"budget": None, "trials": None} | ended)
+    both = {"search": search, "plugins": [*config.plugins, *modules]}
+    return config.model_copy(update=both)
+
+
+def _search(config: Any, folder: Path, console: Console) -> Any:
+    """Search until the end, or until the first Ctrl-C."""
+    from autoprune import run
+    from autoprune.reporting.interrupt import Interrupt
+
+    with (
+        observing(console, budget_s=config.search.budget) as observer,
+        Interrupt(lambda: observer.current, observer.note).listening() as stop,
+    ):
+        return run.search(config, folder, observer=observer, stop=stop)
+
+
+def _text(source: str | None) -> Any:
+    from autoprune.config import TextConfig
+
+    return TextConfig(source=source) if source else None
+
+
+def _new_folder(run: Path | None, space: str) -> Path:
+    from autoprune.run import RUNS
+
+    return run or RUNS / Path(space).stem
+
+
+def _folder(run: Path) -> Path:
+    """Find a run folder by its path, or by its name among the runs."""
+    from autoprune.run import RUNS
+
+    return RUNS / run if not run.exists() and (RUNS / run).is_dir() else run

@@ -1,0 +1,1 @@
+"""Methods and the variants that they make: sweeps, storage, store and bank."""

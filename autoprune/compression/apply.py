@@ -1,0 +1,90 @@
+"""Puts variants on a loaded model, rewriting only what changed."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from autoprune.models.weights import read_weight, write_weight
+from autoprune.policy import DENSE, Action, Layer
+
+
+class StitchedModel:
+    """A model that stays loaded while its layers change variants.
+
+    The dense weights are kept from the moment they are first replaced, so ``dense``
+    restores the model bit for bit.
+
+    Args:
+        model: A loaded model, dense. Its weights are written to from now on.
+        layers: The layers that may change.
+        compute_dtype: Type to compute in; None for the type that is stored.
+
+    Attributes:
+        model: The model, as it stands now.
+        actions: What is on each layer now.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: tuple[Layer, ...],
+        *,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.actions: dict[Layer, Action] = dict.fromkeys(layers, DENSE)
+        self._dense: dict[Layer, Tensor] = {}
+        # Weights whose stored type the computation does not hold are kept as stored.
+        if compute_dtype is not None:
+            for layer in layers:
+                stored = getattr(torch, layer.dtype)
+                if torch.promote_types(stored, compute_dtype) != compute_dtype:
+                    self._dense[layer] = read_weight(model, layer).clone()
+            for parameter in model.parameters():  # buffers keep the precision they need
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(compute_dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the model computes in."""
+        return next(self.model.parameters()).dtype
+
+    def dense_weight(self, layer: Layer) -> Float[Tensor, "out in"]:
+        """Give a layer's dense weight in the stored type, whatever is on it now.
+
+        Not to be written to, and only good until the layer is: it may be the model's.
+        """
+        weight = self._dense.get(layer)
+        if weight is None:
+            weight = read_weight(self.model, layer)
+        return weight.to(getattr(torch, layer.dtype))
+
+    def changes(self, wanted: Mapping[Layer, Action]) -> dict[Layer, Action]:
+        """Tell which layers have to be rewritten; those not named become dense."""
+        target = {layer: wanted.get(layer, DENSE) for layer in self.layers}
+        return {
+            la: action for la, action in target.items() if self.actions[la] != action
+        }
+
+    def write(self, layer: Layer, action: Action, weight: Tensor | None) -> None:
+        """Put one variant's weight on its layer.
+
+        Args:
+            layer: The layer.
+            action: The action that the weight belongs to.
+            weight: ``[out, in]``; None to restore the dense weight.
+        """
+        if layer not in self._dense:
+            self._dense[layer] = read_weight(self.model, layer).clone()
+        write_weight(
+            self.model, layer, self._dense[layer] if weight is None else weight
+        )
+        self.actions[layer] = action
+
+    def restore(self) -> None:
+        """Make the whole model dense again."""
+        for layer in self.changes({}):
+            self.write(layer, DENSE, None)

@@ -1,0 +1,282 @@
+"""A bank: the variants made from one set of layer inputs, made once and on demand."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+from torch import Tensor
+
+from autoprune.compression.actions import Actions
+from autoprune.compression.apply import StitchedModel
+from autoprune.compression.method import Source
+from autoprune.compression.store import VariantStore
+from autoprune.compression.variant import Variant
+from autoprune.errors import AutoPruneError, PluginError, StoreError
+from autoprune.models.blocks import BlockRunner
+from autoprune.models.layers import Inventory
+from autoprune.models.statistics import NO_STATISTICS, Gathering, InputStatistics
+from autoprune.models.text import TokenWindows
+from autoprune.policy import Action, Layer, Step, digest
+
+log = logging.getLogger(__name__)
+
+Pairs = Iterable[tuple[Layer, Action]]
+
+
+@dataclass(eq=False)
+class VariantBank:
+    """Variants of one model, made on the inputs that a reference policy leaves.
+
+    Attributes:
+        stitched: The model.
+        inventory: Its blocks, layers and sites.
+        actions: What actions mean.
+        store: Where variants are kept.
+        tokens: Windows of split A, which the statistics are taken from.
+        revision: Name of the model's content.
+        reference: Action of every layer whose compressed model gives the inputs; empty
+            for dense inputs.
+        batch: Windows that pass a block at a time.
+    """
+
+    stitched: StitchedModel
+    inventory: Inventory
+    actions: Actions
+    store: VariantStore
+    tokens: TokenWindows
+    revision: str
+    reference: Mapping[Layer, Action] = field(default_factory=dict)
+    batch: int = 8
+
+    @cached_property
+    def name(self) -> str:
+        """Fingerprint of the inputs that the variants are made on."""
+        reference = {
+            layer.name: self.actions.identity(action)
+            for layer, action in self.reference.items()
+            if action.steps
+        }
+        dtype = str(self.stitched.dtype)  # inputs differ with the type they come from
+        return digest([self.revision, self.tokens.fingerprint, dtype, reference])
+
+    def key(self, layer: Layer, action: Action) -> str:
+        """Name a variant by all that it depends on, and nothing else.
+
+        An action that needs no statistics does not depend on text or reference.
+        """
+        inputs = self.name if self.actions.needs(action) else self.revision
+        identity = self.actions.identity(action)
+        return digest([inputs, layer.name, list(layer.shape), identity])
+
+    def get(self, layer: Layer, action: Action) -> Variant:
+        """Give a variant, making it if it is absent or was damaged.
+
+        Raises:
+            MethodError: If a step refuses the layer.
+            StoreError: If variants cannot be written or read.
+        """
+        if not action.steps:
+            return Variant.dense(self.stitched.dense_weight(layer))
+        variant = self.store.get(self.key(layer, action))
+        if variant is None:  # absent; a damaged file has been removed by the store
+            self.make([(layer, action)])
+            variant = self._read(layer, action)
+        return variant
+
+    def put(self, wanted: Mapping[Layer, Action]) -> int:
+        """Put a policy's variants on the model; tell how many layers were rewritten."""
+        changes = self.stitched.changes(wanted)
+        self.make(changes.items())
+        for layer, action in changes.items():
+            weight = self.get(layer, action).weight if action.steps else None
+            self.stitched.write(layer, action, weight)
+        return len(changes)
+
+    def missing(self, wanted: Pairs) -> list[tuple[Layer, Action]]:
+        """Tell which variants are not in the store."""
+        pairs = dict.fromkeys((la, action) for la, action in wanted if action.steps)
+        return [pair for pair in pairs if self.key(*pair) not in self.store]
+
+    def make(
+        self, wanted: Pairs, progress: Callable[[int, int], None] | None = None
+    ) -> int:
+        """Make the variants that are missing, in one streaming pass over the blocks.
+
+        Args:
+            wanted: Layers with their actions.
+            progress: Called with the blocks done and the blocks to do.
+
+        Returns:
+            How many variants were made.
+
+        Raises:
+            MethodError: If a step refuses a layer, or the numbers do not allow it.
+            PluginError: If a method breaks, or gives other than what it declares.
+            StoreError: If variants cannot be written.
+        """
+        missing = self.missing(wanted)
+        for pair in missing:
+            self.actions.storage(*pair)  # refusals speak before anything is computed
+        plain = [pair for pair in missing if not self.actions.needs(pair[1])]
+        for layer, actions in _by_layer(plain).items():
+            self._make_group((layer,), actions, NO_STATISTICS)
+        streamed = [pair for pair in missing if self.actions.needs(pair[1])]
+        if streamed:
+            before = dict(self.stitched.actions)
+            self.stitched.restore()
+            try:
+                self._stream(streamed, progress or (lambda done, total: None))
+            finally:
+                self._return_to(before)
+        return len(missing)
+
+    def _stream(
+        self,
+        wanted: Sequence[tuple[Layer, Action]],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Take each block's inputs, make its variants, pass on what it gives."""
+        last = max(layer.block or 0 for layer, _ in wanted)
+        runner = BlockRunner(
+            self.stitched.model, self.inventory, self.tokens.ids, batch=self.batch
+        )
+        hidden = runner.start()
+        for block in range(last + 1):
+            progress(block, last + 1)
+            reference = {
+                layer: action
+                for layer, action in self.reference.items()
+                if layer.block == block and action.steps
+            }
+            kept = {pair: self.store.get(self.key(*pair)) for pair in reference.items()}
+            absent = [pair for pair, variant in kept.items() if variant is None]
+            here = [pair for pair in wanted if pair[0].block == block] + absent
+            gatherings = self._gatherings(here)
+            add = partial(_add, gatherings)
+            after = runner.collect(block, hidden, add, inputs=gatherings)
+            self._make_block(_by_layer(dict.fromkeys(here)), gatherings)
+            for (layer, action), variant in kept.items():
+                variant = variant or self._read(layer, action)
+                self.stitched.write(layer, action, variant.weight)
+            hidden = runner.run(block, hidden) if reference else after
+        progress(last + 1, last + 1)
+
+    def _gatherings(self, pairs: Pairs) -> dict[str, Gathering]:
+        needs: dict[str, set[str]] = {}
+        widths: dict[str, int] = {}
+        for layer, action in pairs:
+            if layer.input is not None:
+                needs.setdefault(layer.input, set()).update(self.actions.needs(action))
+                widths[layer.input] = layer.shape[1]
+        return {name: Gathering(need, widths[name]) for name, need in needs.items()}
+
+    def _make_block(
+        self, wanted: Mapping[Layer, list[Action]], gatherings: Mapping[str, Gathering]
+    ) -> None:
+        """Make a block's variants; layers that share input and actions go together."""
+        groups: dict[tuple[str | None, tuple[Action, ...]], list[Layer]] = {}
+        for layer, wished in wanted.items():
+            groups.setdefault((layer.input, tuple(wished)), []).append(layer)
+        for (name, actions), layers in groups.items():
+            statistics = gatherings[name].result() if name else NO_STATISTICS
+            self._make_group(tuple(layers), actions, statistics)
+
+    def _make_group(
+        self,
+        layers: tuple[Layer, ...],
+        actions: Sequence[Action],
+        statistics: InputStatistics,
+    ) -> None:
+        dense = [Variant.dense(self.stitched.dense_weight(layer)) for layer in layers]
+        tails = {action: action.steps for action in actions}
+        for action, variants in self._grow(layers, dense, tails, statistics).items():
+            for layer, variant in zip(layers, variants, strict=True):
+                declared = self.actions.storage(layer, action)
+                if variant.storage != declared:  # sizes would be wrong
+                    raise PluginError(
+                        f"the variant of {layer.name} under {str(action)!r} stores "
+                        f"{variant.storage}, but its methods declare {declared}"
+                    )
+                about = f"{layer.name}: {action}"
+                self.store.put(self.key(layer, action), variant, about=about)
+
+    def _grow(
+        self,
+        layers: tuple[Layer, ...],
+        variants: Sequence[Variant],
+        tails: Mapping[Action, tuple[Step, ...]],
+        statistics: InputStatistics,
+    ) -> dict[Action, list[Variant]]:
+        """Do the first of the steps that are left, then the others on what it gives.
+
+        Actions that begin alike share their first steps, and one call of a method
+        serves all of its settings.
+        """
+        done = {a: list(variants) for a, steps in tails.items() if not steps}
+        steps = dict.fromkeys(steps[0] for steps in tails.values() if steps)
+        sources = [Source(la, v) for la, v in zip(layers, variants, strict=True)]
+        for name in dict.fromkeys(step.method for step in steps):
+            same = [step for step in steps if step.method == name]
+            made = self._compress(same, sources, statistics)
+            for index, step in enumerate(same):
+                rest = {a: t[1:] for a, t in tails.items() if t and t[0] == step}
+                grown = [by_setting[index] for by_setting in made]
+                done |= self._grow(layers, grown, rest, statistics)
+        return done
+
+    def _compress(
+        self,
+        steps: Sequence[Step],
+        sources: Sequence[Source],
+        statistics: InputStatistics,
+    ) -> list[list[Variant]]:
+        """Call a plugin's method; what it did not foresee is named."""
+        method = self.actions.method(steps[0])
+        settings = [self.actions.settings(step) for step in steps]
+        names = ", ".join(source.layer.name for source in sources)
+        where = f"{names} under {' and '.join(map(str, steps))}"
+        who = f"method {method.name!r} of {type(method).__module__}"
+        try:
+            made = method.compress(sources, statistics, settings)
+        except AutoPruneError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise PluginError(f"{who} failed on {where}: {reason}") from error
+        counts = [len(variants) for variants in made]
+        if counts != [len(steps)] * len(sources):
+            raise PluginError(
+                f"{who} gave {counts} variants for {where}; expected {len(steps)} for "
+                f"each of {len(sources)} layers"
+            )
+        return made
+
+    def _read(self, layer: Layer, action: Action) -> Variant:
+        variant = self.store.get(self.key(layer, action))
+        if variant is None:
+            raise StoreError(
+                f"the variant of {layer.name} under {str(action)!r} is gone as soon as "
+                f"it is made: {self.store.folder} is too small (cap "
+                f"{self.store.cap_bytes} bytes) or is being deleted"
+            )
+        return variant
+
+    def _return_to(self, before: Mapping[Layer, Action]) -> None:
+        """Put back what was on the model before a streaming pass."""
+        for layer, action in self.stitched.changes(before).items():
+            variant = self.store.get(self.key(layer, action)) if action.steps else None
+            if action.steps and variant is None:
+                continue  # left dense; whoever puts a policy next will make it again
+            self.stitched.write(layer, action, variant.weight if variant else None)
+
+
+def _add(gatherings: Mapping[str, Gathering], name: str, inputs: Tensor) -> None:
+    gatherings[name].add(inputs)
+
+
+def _by_layer(pairs: Pairs) -> dict[Layer, list[Action]]:
+    grouped: dict[Layer, list[Action]] = {}
+    for layer, action in pairs:
+        grouped.setdefault(layer, []).append(action)
+    return grouped

@@ -1,0 +1,1 @@
+"""What a policy is worth: metrics, sizes, compute and rewards."""

@@ -1,0 +1,94 @@
+"""What a metric is: the abstract base, and the evidence that it measures."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+from autoprune.compression.storage import Part, Storage
+from autoprune.evaluation.quality import Quality
+from autoprune.exporting.exporter import Exporter
+from autoprune.policy import Layer
+
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """What stays the same in all trials of a search.
+
+    Attributes:
+        layers: All layers of the inventory.
+        untouched: Every other tensor that a plain checkpoint of the model holds.
+        exporter: The export target, which decides size.
+        head_numel: Weights of the output layer, for compute; 0 if it is one of the
+            layers, as a tied embedding is.
+        dense: Quality of the dense model on the same split; None before it is known.
+    """
+
+    layers: tuple[Layer, ...]
+    untouched: Mapping[str, Part]
+    exporter: Exporter
+    head_numel: int
+    dense: Quality | None = None
+
+    @cached_property
+    def dense_storages(self) -> dict[Layer, Storage]:
+        """What the dense model stores."""
+        return {layer: Storage.dense(layer) for layer in self.layers}
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Exact size of the dense model in the same export target."""
+        return self.exporter.size_bytes(self.dense_storages, self.untouched)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known of one policy when its metrics are measured.
+
+    Attributes:
+        scene: What stays the same.
+        storages: What each layer stores.
+        quality: Its divergence and loss; None before the model has run.
+        model: The model with the policy on it; None before that.
+        tokenizer: The model's tokenizer.
+    """
+
+    scene: Scene
+    storages: Mapping[Layer, Storage]
+    quality: Quality | None = None
+    model: Any = None
+    tokenizer: Any = None
+
+
+class Metric(ABC):
+    """One number that tells something of a policy.
+
+    Metrics that need no model are measured first and may reject a policy. One that adds
+    up over layers says so with ``price``; a budget on it is then kept exactly.
+
+    Attributes:
+        name: Unique, lower case; names the unit where there is one.
+        direction: Which way is better.
+        needs_model: True if the model has to run.
+        help: What it is, with its unit, in one line.
+    """
+
+    name: ClassVar[str]
+    direction: ClassVar[Direction]
+    needs_model: ClassVar[bool] = False
+    help: ClassVar[str]
+
+    @abstractmethod
+    def measure(self, evidence: Evidence) -> float:
+        """Measure a policy; NaN or inf if it has diverged."""
+
+    def price(self, layer: Layer, storage: Storage, scene: Scene) -> float | None:
+        """Price one layer, if the metric follows from a sum of prices; else None."""
+        return None
+
+    def total_limit(self, limit: float, scene: Scene) -> float:
+        """Turn a limit on the metric into a largest sum of prices."""
+        return limit

@@ -1,0 +1,212 @@
+"""How far a compressed model is from the dense one, on the same tokens.
+
+The divergence is KL(dense || compressed) per token. Of the dense model only its final
+vectors are kept, not its logits. For a linear head shared by both, logits
+``z = W h + b``, and the dense probabilities ``p``::
+
+    KL = sum p log p  -  (sum p W) h  -  sum p b  +  logsumexp(W h + b)
+
+The first three factors do not change between policies: a number and one vector of the
+hidden size per token. A policy then costs one product with the head and one
+``logsumexp``, and no distribution is ever formed; the value is the same.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from autoprune.models.statistics import matmul_precision
+from autoprune.models.task import Batch, Head, Task, output_layer
+from autoprune.models.text import TokenWindows
+
+CHUNK = 64
+"""Positions whose logits exist at a time: 12 MB at 49 k words stay near the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quality:
+    """Divergence and loss of one policy, window by window.
+
+    Attributes:
+        kl: Mean KL to the dense model of each window, in nats a token.
+        nll: Mean negative log-likelihood of each window's labels, in nats a token.
+    """
+
+    kl: Float[Tensor, " windows"]
+    nll: Float[Tensor, " windows"]
+
+    @property
+    def mean_kl(self) -> float:
+        """KL to the dense model, in nats a token."""
+        return float(self.kl.double().mean())
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean negative log-likelihood; inf where it overflows."""
+        return float(self.nll.double().mean().exp())
+
+    def kl_error(self) -> float:
+        """Standard error of the mean KL over windows; NaN for one window."""
+        return float(self.kl.double().std() / len(self.kl) ** 0.5)
+
+
+@dataclass(frozen=True, eq=False)
+class _Remembered:
+    """A batch, and what the dense model made of it."""
+
+    batch: Batch
+    features: Float[Tensor, "positions hidden"]
+    expected: Float[Tensor, "positions hidden"]  # sum p W: what the cross term needs
+    offset: Float[Tensor, " positions"]  # sum p log p - sum p b
+
+
+class Teacher:
+    """The dense model on one split, remembered.
+
+    Args:
+        task: What the model is for.
+        model: The dense model.
+        windows: The split.
+        tokenizer: The model's tokenizer.
+        batch: Windows that pass the model at a time.
+
+    Attributes:
+        dense: The dense model's own quality: KL 0, and its loss.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        windows: TokenWindows,
+        *,
+        tokenizer: Any,
+        batch: int = 8,
+    ) -> None:
+        self.task = task
+        self.windows = windows
+        head = task.head(model)
+        # A copy: a float32 head is the model's own weight, which policies write to.
+        self.head = replace(head, weight=head.weight.clone())
+        self._head_as = _stamp(model)
+        with torch.inference_mode():
+            self._parts = [
+                self._remember(model, task.batch(ids, tokenizer))
+                for ids in torch.split(windows.ids, batch)
+            ]
+        self.dense = self.measure(model)
+
+    def measure(self, model: nn.Module, windows: int | None = None) -> Quality:
+        """Run a compressed model on the split.
+
+        Args:
+            model: The model, with a policy's variants on it.
+            windows: How many windows, counted from the first; None for all.
+        """
+        with torch.inference_mode():
+            head, same = self._head_of(model)
+            linear = same and head.softcap is None
+            pieces, left = [], windows or len(self.windows.ids)
+            for part in self._parts:
+                if left <= 0:
+                    break
+                part = _first(part, left)
+                left -= len(part.batch.scored)
+                features = self.task.features(model, part.batch)
+                pieces.append(self._compare(part, features, head, linear=linear))
+            kl, nll = (torch.cat(columns) for columns in zip(*pieces, strict=True))
+        return Quality(kl, nll)
+
+    def _head_of(self, model: nn.Module) -> tuple[Head, bool]:
+        """Give a model's head, and whether it still is the dense one's."""
+        if _stamp(model) == self._head_as:
+            return self.head, True
+        head = self.task.head(model)
+        return head, _same(head, self.head)
+
+    def _remember(self, model: nn.Module, batch: Batch) -> _Remembered:
+        features = self.task.features(model, batch)
+        expected, offset = [], []
+        for _, logits in _logits(self.head, features):
+            p = logits.softmax(-1)
+            # float32 leaves the sum of p 1e-5 short of 1, which weighs as much as the
+            # logits are large: without this, the dense model is not at KL 0.
+            p /= p.sum(-1, keepdim=True, dtype=torch.float64).float()
+            expected.append(p @ self.head.weight)
+            constant = (p * logits).sum(-1) - logits.logsumexp(-1)
+            if self.head.bias is not None:
+                constant = constant - p @ self.head.bias * self.head.scale
+            offset.append(constant)
+        return _Remembered(batch, features, torch.cat(expected), torch.cat(offset))
+
+    def _compare(
+        self, part: _Remembered, features: Tensor, head: Head, *, linear: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Give KL and loss of each window of a batch."""
+        kl, nll = [], []
+        for rows, logits in _logits(head, features):
+            log_sum = logits.logsumexp(-1)
+            labels = part.batch.labels[rows]
+            nll.append(log_sum - logits.gather(1, labels[:, None])[:, 0])
+            if linear:
+                cross = (part.expected[rows] * features[rows].float()).sum(-1)
+                kl.append(part.offset[rows] - cross * head.scale + log_sum)
+            else:
+                with _precision(features):
+                    log_p = self.head.logits(part.features[rows]).log_softmax(-1)
+                log_q = logits - log_sum[:, None]
+                kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        counts = part.batch.scored.sum(1).tolist()
+        return tuple(
+            torch.stack([x.mean() for x in torch.split(torch.cat(values), counts)])
+            for values in (kl, nll)
+        )  # type: ignore[return-value]
+
+
+def _logits(head: Head, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Give the logits of all positions in chunks, each with its rows."""
+    for start in range(0, len(features), CHUNK):
+        rows = slice(start, start + CHUNK)
+        with _precision(features):
+            logits = head.logits(features[rows])
+        yield rows, logits
+
+
+def _precision(features: Tensor) -> Any:
+    """Multiply as the features were made: bfloat16 factors lose nothing by it."""
+    return matmul_precision("bf16" if features.dtype == torch.bfloat16 else "ieee")
+
+
+def _first(part: _Remembered, windows: int) -> _Remembered:
+    """Keep the first windows of a batch."""
+    if windows >= len(part.batch.scored):
+        return part
+    scored = part.batch.scored[:windows]
+    count = int(scored.sum())
+    inputs = {
+        name: value[:windows] if isinstance(value, Tensor) else value
+        for name, value in part.batch.inputs.items()
+    }
+    return _Remembered(
+        Batch(inputs, scored, part.batch.labels[:count]),
+        part.features[:count],
+        part.expected[:count],
+        part.offset[:count],
+    )
+
+
+def _stamp(model: nn.Module) -> tuple[int, int]:
+    """Name the state of the head's weight: writing to it raises its version."""
+    weight = output_layer(model).weight
+    return id(weight), weight._version
+
+
+def _same(one: Head, other: Head) -> bool:
+    """Tell whether a head still is the dense model's."""
+    return torch.equal(one.weight, other.weight) and (
+        one.bias is None or other.bias is None or torch.equal(one.bias, other.bias)
+    )

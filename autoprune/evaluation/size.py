@@ -1,0 +1,117 @@
+"""What a policy stores: bytes, ratios, bits, sparsity. Exact, and without a model."""
+
+import math
+
+from autoprune.compression.storage import Storage
+from autoprune.evaluation.metric import Evidence, Metric, Scene
+from autoprune.policy import Layer
+
+
+class SizeBytes(Metric):
+    """Bytes of the weight file in the export target."""
+
+    name = "size_bytes"
+    direction = "minimize"
+    help = "bytes of the exported weight file: scales, zero points, masks, all tensors"
+
+    def measure(self, evidence: Evidence) -> float:
+        """Count the bytes of the file that the export would write."""
+        scene = evidence.scene
+        return float(scene.exporter.size_bytes(evidence.storages, scene.untouched))
+
+    def price(self, layer: Layer, storage: Storage, scene: Scene) -> float:
+        """Price a layer with its share of the header."""
+        return float(scene.exporter.layer_bytes(layer, storage))
+
+    def total_limit(self, limit: float, scene: Scene) -> float:
+        """Take off what is written for every policy."""
+        return limit - scene.exporter.size_bytes({}, scene.untouched)
+
+
+class CompressionRatio(SizeBytes):
+    """How many times smaller than the dense model in the same target."""
+
+    name = "compression_ratio"
+    direction = "maximize"  # type: ignore[assignment]
+    help = "size of the dense model over size of the compressed one, same export target"
+
+    def measure(self, evidence: Evidence) -> float:
+        """Divide the dense size by the policy's."""
+        return evidence.scene.dense_bytes / super().measure(evidence)
+
+    def total_limit(self, limit: float, scene: Scene) -> float:
+        """Turn a smallest ratio into most bytes."""
+        most = scene.dense_bytes / limit if limit > 0 else math.inf
+        return super().total_limit(most, scene)
+
+
+class BitsPerWeight(Metric):
+    """Stored bits a weight of the compressed layers."""
+
+    name = "bits_per_weight"
+    direction = "minimize"
+    help = "stored bits a weight over all layers that sites act on (dense: 16 in bf16)"
+
+    def measure(self, evidence: Evidence) -> float:
+        """Divide all stored bits by all weights, zeros included."""
+        bits = sum(storage.nbytes * 8 for storage in evidence.storages.values())
+        return bits / sum(layer.numel for layer in evidence.scene.layers)
+
+    def price(self, layer: Layer, storage: Storage, scene: Scene) -> float:
+        """Price a layer by its bits."""
+        return storage.nbytes * 8.0
+
+    def total_limit(self, limit: float, scene: Scene) -> float:
+        """Turn bits a weight into bits."""
+        return limit * sum(layer.numel for layer in scene.layers)
+
+
+class Sparsity(Metric):
+    """Fraction of zeros in the layers that sites act on."""
+
+    name = "sparsity"
+    direction = "maximize"
+    help = "zeros over weights, in the layers that sites act on"
+
+    def measure(self, evidence: Evidence) -> float:
+        """Count zeros by masks, not by values."""
+        kept = sum(storage.kept for storage in evidence.storages.values())
+        return 1 - kept / self._weights(evidence.scene)
+
+    def price(self, layer: Layer, storage: Storage, scene: Scene) -> float:
+        """Price a layer by the weights it keeps."""
+        return float(storage.kept)
+
+    def total_limit(self, limit: float, scene: Scene) -> float:
+        """Turn a least sparsity into most kept weights."""
+        return (1 - limit) * self._weights(scene)
+
+    def _weights(self, scene: Scene) -> int:
+        return sum(layer.numel for layer in scene.layers)
+
+
+class ModelSparsity(Metric):
+    """Fraction of zeros in the whole model."""
+
+    name = "model_sparsity"
+    direction = "maximize"
+    help = "zeros over all parameters of the model, embeddings and norms included"
+
+    def measure(self, evidence: Evidence) -> float:
+        """Count zeros by masks, not by values."""
+        scene = evidence.scene
+        numel = sum(layer.numel for layer in scene.layers)
+        kept = sum(storage.kept for storage in evidence.storages.values())
+        return (numel - kept) / (numel + self._others(scene))
+
+    def price(self, layer: Layer, storage: Storage, scene: Scene) -> float:
+        """Price a layer by the weights it keeps."""
+        return float(storage.kept)
+
+    def total_limit(self, limit: float, scene: Scene) -> float:
+        """Turn a least sparsity into most kept weights."""
+        numel = sum(layer.numel for layer in scene.layers)
+        return numel - limit * (numel + self._others(scene))
+
+    def _others(self, scene: Scene) -> int:
+        return sum(part.numel for part in scene.untouched.values())

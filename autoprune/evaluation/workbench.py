@@ -1,0 +1,300 @@
+"""All that it takes to measure a policy: model, tokens, variants, metrics."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoprune.compression.actions import Actions
+from autoprune.compression.apply import StitchedModel
+from autoprune.compression.bank import VariantBank
+from autoprune.compression.storage import Part, Storage
+from autoprune.compression.store import VariantStore
+from autoprune.config import TextConfig
+from autoprune.errors import ConfigError, unknown_name
+from autoprune.evaluation.metric import Evidence, Metric, Scene
+from autoprune.evaluation.precision import choose_compute_dtype
+from autoprune.evaluation.quality import Quality, Teacher
+from autoprune.exporting.exporter import Exporter, ExportJob
+from autoprune.models.checkpoints import (
+    Checkpoint,
+    cache_dir,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
+from autoprune.models.layers import Inventory, inventory, untouched_parameters
+from autoprune.models.task import Task, output_layer
+from autoprune.models.text import TokenWindows, load_splits
+from autoprune.plugins import Plugins
+from autoprune.policy import Action, Layer, Policy
+
+log = logging.getLogger(__name__)
+
+STORE_CAP_BYTES = 20 * 10**9
+"""Most bytes of variants in the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one policy scored on one split.
+
+    Attributes:
+        metrics: Value of every metric, by name.
+        quality: Divergence and loss, window by window; None if the model did not run.
+        timings: Seconds spent in each part: ``put_s``, ``run_s``.
+    """
+
+    metrics: dict[str, float]
+    quality: Quality | None
+    timings: dict[str, float]
+
+
+@dataclass(eq=False)
+class Workbench:
+    """A model ready to be compressed and measured.
+
+    Attributes:
+        checkpoint: Where the model comes from.
+        task: What it is for.
+        tokenizer: Its tokenizer.
+        inventory: Its blocks, layers and sites.
+        stitched: The model; what is on it changes.
+        actions: What actions mean.
+        exporter: The export target, which decides size.
+        exporters: All targets, by name.
+        metrics: All metrics, by name.
+        splits: Token windows of the splits, by name.
+        store: Where variants are kept.
+        untouched: Tensors of a plain checkpoint that belong to no layer.
+    """
+
+    checkpoint: Checkpoint
+    task: Task
+    tokenizer: Any
+    inventory: Inventory
+    stitched: StitchedModel
+    actions: Actions
+    exporter: Exporter
+    exporters: Mapping[str, Exporter]
+    metrics: Mapping[str, Metric]
+    splits: Mapping[str, TokenWindows]
+    store: VariantStore
+    untouched: Mapping[str, Part]
+    _teachers: dict[str, Teacher] = field(default_factory=dict)
+    _storages: dict[tuple[Layer, Action], Storage] = field(default_factory=dict)
+    _scenes: dict[str | None, Scene] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        plugins: Plugins,
+        *,
+        model: str,
+        task: str,
+        text: TextConfig,
+        target: str,
+        seed: int,
+        cache: Path | None = None,
+    ) -> "Workbench":
+        """Load a model and its text.
+
+        Args:
+            plugins: Where task, methods, metrics, text and target are looked up.
+            model: Folder, hub id, GGUF file or ``demo``.
+            task: Name of the task.
+            text: Source, window length and windows a split.
+            target: Name of the export target.
+            seed: Decides which documents go to which split.
+            cache: Folder for models, variants and verdicts; the user's by default.
+
+        Raises:
+            PluginError: If a name is unknown.
+            ModelError: If the model cannot be loaded.
+            TextError: If the text is too short.
+        """
+        cache = cache or cache_dir()
+        kind: Task = plugins.get("tasks", task)
+        plugins.get("exporters", target)  # a wrong name is told before a model is read
+        checkpoint = resolve(model, cache=cache)
+        tokenizer = load_tokenizer(checkpoint)
+        windows = text.model_dump(exclude={"source", "window"})
+        splits = load_splits(
+            text.source,
+            plugins.objects["text_sources"],
+            tokenizer,
+            length=text.window,
+            windows=windows,
+            seed=seed,
+        )
+        loaded = load_model(checkpoint, kind.auto_class)
+        found = inventory(loaded, list(plugins.objects["architectures"].values()))
+        untouched = {
+            name: Part(*about)
+            for name, about in untouched_parameters(loaded, found).items()
+        }
+        exporters: dict[str, Exporter] = {
+            name: exporter.for_model(loaded, found)
+            for name, exporter in plugins.objects["exporters"].items()
+        }
+        dtype = choose_compute_dtype(
+            kind,
+            loaded,
+            splits["statistics"],
+            tokenizer=tokenizer,
+            cache=cache,
+            revision=checkpoint.revision,
+        )
+        return cls(
+            checkpoint,
+            kind,
+            tokenizer,
+            found,
+            StitchedModel(loaded, found.layers, compute_dtype=dtype),
+            Actions(plugins.methods),
+            exporters[target],
+            exporters,
+            plugins.objects["metrics"],
+            splits,
+            VariantStore(cache / "variants", STORE_CAP_BYTES),
+            untouched,
+        )
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers."""
+        return self.inventory.layers
+
+    def per_layer(self, policy: Policy) -> dict[Layer, Action]:
+        """Tell the action of every layer; sites that a policy lacks are an error."""
+        return policy.per_layer(self.inventory.sites)
+
+    def storages(self, policy: Policy) -> dict[Layer, Storage]:
+        """Declare what every layer stores under a policy.
+
+        Raises:
+            PolicyError: If the policy does not fit the model.
+            MethodError: If a step refuses a layer.
+        """
+        pairs = self.per_layer(policy).items()
+        for pair in pairs:
+            if pair not in self._storages:
+                self._storages[pair] = self.actions.storage(*pair)
+        return {pair[0]: self._storages[pair] for pair in pairs}
+
+    def bank(self, reference: Policy | None = None) -> VariantBank:
+        """Open the bank of variants on a reference policy's inputs, or dense ones."""
+        return VariantBank(
+            self.stitched,
+            self.inventory,
+            self.actions,
+            self.store,
+            self.splits["statistics"],
+            self.checkpoint.revision,
+            self.per_layer(reference) if reference else {},
+        )
+
+    def teacher(self, split: str) -> Teacher:
+        """Give the dense model's answers on a split, computed when first asked for."""
+        if split not in self._teachers:
+            self.stitched.restore()
+            self._teachers[split] = Teacher(
+                self.task,
+                self.stitched.model,
+                self.splits[split],
+                tokenizer=self.tokenizer,
+            )
+        return self._teachers[split]
+
+    def scene(self, split: str | None = None) -> Scene:
+        """Give what stays the same in all measurements on a split."""
+        if split not in self._scenes:
+            head = output_layer(self.stitched.model).weight.numel()
+            if self.inventory.tied and any(la.input is None for la in self.layers):
+                head = 0  # the embedding is the head, and one of the layers
+            dense = self.teacher(split).dense if split else None
+            self._scenes[split] = Scene(
+                self.layers, self.untouched, self.exporter, head, dense
+            )
+        return self._scenes[split]
+
+    def metric(self, name: str) -> Metric:
+        """Look up a metric.
+
+        Raises:
+            ConfigError: If there is none of that name; lists near misses.
+        """
+        if name not in self.metrics:
+            raise ConfigError(unknown_name("metric", name, self.metrics))
+        return self.metrics[name]
+
+    def measure(
+        self,
+        policy: Policy,
+        bank: VariantBank,
+        split: str,
+        *,
+        metrics: Sequence[str] | None = None,
+    ) -> Measured:
+        """Put a policy on the model and measure it.
+
+        Args:
+            policy: The policy.
+            bank: Whose variants to use.
+            split: Name of the split.
+            metrics: Names; all by default. Where none of them needs the model, no
+                variant is made and the model stays as it is.
+
+        Raises:
+            PolicyError: If the policy does not fit the model.
+            MethodError: If a step refuses a layer.
+            ConfigError: If a metric is unknown; lists near misses.
+        """
+        names = self.metrics if metrics is None else metrics
+        wanted = [self.metric(name) for name in names]
+        needs_model = any(metric.needs_model for metric in wanted)
+        scene = self.scene(split if needs_model else None)
+        start = put = time.perf_counter()
+        evidence = Evidence(scene, self.storages(policy))
+        if needs_model:
+            bank.put(self.per_layer(policy))
+            put = time.perf_counter()
+            evidence = replace(
+                evidence,
+                quality=self.teacher(split).measure(self.stitched.model),
+                model=self.stitched.model,
+                tokenizer=self.tokenizer,
+            )
+        run = time.perf_counter()
+        values = {metric.name: metric.measure(evidence) for metric in wanted}
+        timings = {"put_s": put - start, "run_s": run - put}
+        return Measured(values, evidence.quality, timings)
+
+    def dense_metrics(self, split: str) -> dict[str, float]:
+        """Measure the dense model, in the same export target."""
+        return self.measure(self.dense_policy(), self.bank(), split).metrics
+
+    def dense_policy(self) -> Policy:
+        """Give the policy that leaves every site as it is."""
+        return Policy.uniform(self.inventory.sites, Action())
+
+    def job(self, policy: Policy, bank: VariantBank) -> ExportJob:
+        """Describe the export of a policy."""
+        actions = self.per_layer(policy)
+        return ExportJob(
+            self.checkpoint,
+            self.task.auto_class,
+            self.inventory,
+            self.storages(policy),
+            lambda layer: bank.get(layer, actions[layer]),
+            actions,
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type that the model computes in."""
+        return self.stitched.dtype

@@ -1,0 +1,273 @@
+"""Makes an export folder, whole or not at all, and loads one.
+
+A folder is assembled under another name and moved when it is whole, so that what bears
+the final name is always finished, and an export that it replaces stays until then.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from autoprune.errors import ExportError
+from autoprune.exporting.exporter import Exporter, ExportJob
+from autoprune.exporting.marker import exporter_of
+from autoprune.exporting.verification import Verification
+from autoprune.models.loading import quiet
+from autoprune.plugins import load_plugins
+from autoprune.policy import Policy
+
+POLICY_FILE = "policy.json"
+CARD_FILE = "README.md"
+
+_KEPT = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
+"""Files of the dense model that an export carries on as they are."""
+
+
+def write_export(
+    exporter: Exporter,
+    job: ExportJob,
+    folder: Path,
+    *,
+    policy: Policy,
+    tokenizer: Any,
+    size_bytes: int,
+    record: Mapping[str, Any],
+    card: Callable[[Mapping[str, Any]], str],
+    check: Callable[[Path], Verification] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write an export: model, tokenizer, ``policy.json`` and model card.
+
+    Args:
+        exporter: The target.
+        job: What is exported.
+        folder: Where; its parents are made if need be.
+        policy: The policy, for ``policy.json``.
+        tokenizer: The model's tokenizer.
+        size_bytes: Predicted size of the weight files; another size is an error.
+        record: What applying the policy again needs, and the figures; plain data that
+            joins the policy in ``policy.json``.
+        card: Makes the model card of what ``policy.json`` holds.
+        check: Verifies the folder before it gets its name. One that it refuses keeps
+            ``.failed`` behind its name, and replaces nothing.
+        force: Replace an export that is there already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: If the folder exists, the disk is full, the size is not the
+            predicted one, or ``check`` refuses the folder.
+    """
+    folder = folder.absolute()
+    _check_free(folder, force=force)
+    with _scratch(folder, size_bytes) as made:
+        exporter.write(made, job)
+        found = exporter.written_bytes(made)
+        tokenizer.save_pretrained(made)
+        _copy_kept(job.checkpoint.folder, made)
+        for file in made.glob("*.safetensors"):
+            file.chmod(0o644)  # they are written for the owner only
+        try:
+            if found != size_bytes:
+                raise ExportError(
+                    f"the weight files in {made} have {found} bytes, but the exporter "
+                    f"{exporter.name!r} had predicted {size_bytes}"
+                )
+            verified = check(made) if check else None
+        except ExportError as error:
+            failed = _keep_failed(made, folder)
+            reason = str(error).replace(str(made), str(failed))
+            raise ExportError(f"{reason}. What was written is in {failed}") from error
+        data = _about(exporter, job, policy=policy, record=record, size_bytes=found)
+        data["verified"] = verified and asdict(verified)
+        data = _finite(data)
+        text = json.dumps(data, indent=1, allow_nan=False)
+        (made / POLICY_FILE).write_text(text + "\n", encoding="utf-8")
+        (made / CARD_FILE).write_text(card(data), encoding="utf-8")
+        _move(made, folder)
+    return folder
+
+
+def load(folder: str | Path, *, plugins: Sequence[str] = ()) -> PreTrainedModel:
+    """Load an export as a transformers model, ready to run.
+
+    A plain Hugging Face folder loads as well, as a causal language model.
+
+    Args:
+        folder: What ``autoprune export`` has written.
+        plugins: Modules to load beside the installed plugins.
+
+    Raises:
+        ExportError: If the folder is no export, or damaged.
+        PluginError: If the plugin of its target is not there.
+    """
+    folder = Path(folder)
+    model: PreTrainedModel = exporter_of(folder, load_plugins(plugins)).load(folder)
+    return model
+
+
+def _check_free(folder: Path, *, force: bool) -> None:
+    """Refuse a place that is taken.
+
+    Raises:
+        ExportError: If it is.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not force:
+        raise ExportError(
+            f"{folder} exists already. Name another folder, or replace it with --force"
+        )
+    if not (folder / POLICY_FILE).is_file():
+        raise ExportError(
+            f"{folder} is no export (it has no {POLICY_FILE}), so --force does not "
+            "replace it. Name another folder, or remove it yourself"
+        )
+
+
+@contextmanager
+def _scratch(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """Give an empty folder beside the final place; removed afterwards.
+
+    Raises:
+        ExportError: If the disk is too full, or writing fails.
+    """
+    place = folder.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        _check_space(place, size_bytes)
+        with (
+            tempfile.TemporaryDirectory(
+                prefix=f".{folder.name}.", suffix=".part", dir=place
+            ) as scratch,
+            quiet(),
+        ):
+            made = Path(scratch) / folder.name
+            made.mkdir()  # with the usual rights, which a temporary folder lacks
+            yield made
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(place).free if place.is_dir() else 0
+        raise ExportError(
+            f"cannot write the export {folder}: {error}. It needs {size_bytes} bytes, "
+            f"{free} are free there. Free some space, or name another folder"
+        ) from error
+
+
+def _check_space(place: Path, size_bytes: int) -> None:
+    free = shutil.disk_usage(place).free
+    if free < size_bytes:
+        raise ExportError(
+            f"the disk of {place} is too full: the export needs {size_bytes} bytes, "
+            f"{free} are free. Free some space, or name a folder on another disk"
+        )
+
+
+def _copy_kept(source: Path, made: Path) -> None:
+    for pattern in _KEPT:
+        for file in source.glob(pattern):
+            shutil.copy(file, made)
+
+
+def _about(
+    exporter: Exporter,
+    job: ExportJob,
+    *,
+    policy: Policy,
+    record: Mapping[str, Any],
+    size_bytes: int,
+) -> dict[str, Any]:
+    """Gather what ``policy.json`` holds beside the policy."""
+    model = {
+        "source": job.checkpoint.source,
+        "revision": job.checkpoint.revision,
+        "licence": licence_of(job.checkpoint.folder),
+        "auto_class": job.auto_class,
+        **record.get("model", {}),
+    }
+    return {
+        **policy.to_dict(),
+        **record,
+        "model": model,
+        "target": exporter.name,
+        "size_bytes": size_bytes,
+        "summary": _summary(job, policy),
+    }
+
+
+def _finite(data: Any) -> Any:
+    """Replace numbers that JSON has no word for, as a diverged model gives, by null."""
+    if isinstance(data, Mapping):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _summary(job: ExportJob, policy: Policy) -> list[dict[str, Any]]:
+    """Count sites, layers and weights by action, the most weights first."""
+    rows: dict[str, dict[str, Any]] = {}
+    for site in job.inventory.sites:
+        action = str(policy[site.name])
+        empty = {"action": action, "sites": 0, "layers": 0, "weights": 0, "bytes": 0}
+        row = rows.setdefault(action, empty)
+        row["sites"] += 1
+        row["layers"] += len(site.layers)
+        row["weights"] += site.numel
+        row["bytes"] += sum(job.storages[layer].nbytes for layer in site.layers)
+    return sorted(rows.values(), key=lambda row: -row["weights"])
+
+
+def licence_of(folder: Path) -> str | None:
+    """Find the licence that a model's folder names, or None.
+
+    Model cards name it in the lines between ``---`` at their start; a model that
+    AutoPrune has converted, in ``SOURCE.json``.
+    """
+    card, source = folder / "README.md", folder / "SOURCE.json"
+    try:
+        if source.is_file():
+            found = json.loads(source.read_text(encoding="utf-8")).get("licence")
+            return str(found).lower() if found else None
+        head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+        found = yaml.safe_load(head[1]).get("license") if head else None
+        return found if isinstance(found, str) else None
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None  # a card is for people and may hold anything
+
+
+def _keep_failed(made: Path, folder: Path) -> Path:
+    """Move what did not pass to a name that says so; return it."""
+    failed = folder.with_name(f"{folder.name}.failed")
+    if failed.is_dir() and (failed / "config.json").is_file():
+        shutil.rmtree(failed)
+    if failed.exists():
+        failed = Path(tempfile.mkdtemp(prefix=f"{failed.name}.", dir=folder.parent))
+    os.replace(made, failed)
+    return failed
+
+
+def _move(made: Path, folder: Path) -> None:
+    """Give a whole folder its name; an old one goes only when the new one is there."""
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(made, folder)
+        return
+    old = made.with_name("old")  # in the scratch folder, which is removed
+    os.replace(folder, old)
+    try:
+        os.replace(made, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise

@@ -1,0 +1,1 @@
+"""Checkpoints, their layers and sites, tasks, text and statistics of inputs."""

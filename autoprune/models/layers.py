@@ -1,0 +1,297 @@
+"""The inventory of a model's layers and sites.
+
+Where a model family keeps its layers comes as a description from a plugin.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from autoprune.errors import ModelError, PolicyError, unknown_name
+from autoprune.models.weights import (
+    MATRICES,
+    dtype_name,
+    find_weight,
+    parameter_of,
+    read_weight,
+    write_weight,
+)
+from autoprune.policy import Layer, Site
+
+__all__ = [
+    "Architecture",
+    "Inventory",
+    "SiteRule",
+    "inventory",
+    "read_weight",
+    "untouched_parameters",
+    "write_weight",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRule:
+    """One site of every block.
+
+    Attributes:
+        name: Name of the site inside its block: ``qkv``.
+        layers: Paths relative to the block, of modules (``self_attn.q_proj``) or of
+            3-D parameters that hold one layer an expert (``mlp.experts.down_proj``).
+        one_input: True if all modules read the same activations, as q, k and v do.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    one_input: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Where the blocks and sites of a model family are.
+
+    Attributes:
+        name: Unique, lower case.
+        model_types: Values of ``model.config.model_type`` that it describes.
+        blocks: Path of the ``nn.ModuleList`` of blocks: ``model.layers``.
+        sites: The sites of every block, in the block's order.
+        embedding: Path of the token embedding, a site of its own; None to leave it.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    sites: tuple[SiteRule, ...]
+    embedding: str | None = None
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The layers and sites of one model.
+
+    Attributes:
+        architecture: Name of the description used; ``unknown`` where none fits.
+        blocks: Paths of the blocks, in order.
+        sites: The embedding if it is one, then every block's sites in order.
+        notes: What a user should know of how the sites were found.
+        tied: True if the head is the embedding's weight.
+    """
+
+    architecture: str
+    blocks: tuple[str, ...]
+    sites: tuple[Site, ...]
+    notes: tuple[str, ...] = ()
+    tied: bool = False
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer, in the order of the sites."""
+        return tuple(layer for site in self.sites for layer in site.layers)
+
+    def layer(self, name: str) -> Layer:
+        """Look up a layer.
+
+        Raises:
+            PolicyError: If there is none of that name; lists near misses.
+        """
+        if name not in self._by_name:
+            raise PolicyError(unknown_name("layer", name, self._by_name))
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
+
+
+def inventory(model: nn.Module, architectures: Sequence[Architecture]) -> Inventory:
+    """List a model's layers and sites.
+
+    A model that no description fits gets one site a layer, in the longest list of
+    blocks that it has; ``notes`` and a logged warning say so.
+
+    Raises:
+        ModelError: If two descriptions fit, if the model lacks a described path, or if
+            an unknown model has no list of blocks.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    fitting = [entry for entry in architectures if kind in entry.model_types]
+    if len(fitting) > 1:
+        raise ModelError(
+            f"two architectures describe model type {kind!r}: {fitting[0].name!r} and "
+            f"{fitting[1].name!r}. Leave one of their plugins out."
+        )
+    return _described(model, fitting[0]) if fitting else _unknown(model, kind)
+
+
+def untouched_parameters(
+    model: nn.Module, inventory: Inventory
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """List what a checkpoint stores beside the layers: norms, biases, an untied head.
+
+    The embedding counts as a layer where it is a site.
+
+    Returns:
+        Type and shape of each parameter and persistent buffer, tied ones once, by the
+        model's own names (``save_pretrained`` may write some under older names).
+    """
+    state = model.state_dict(keep_vars=True)
+    skipped = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    aliases = getattr(model, "all_tied_weights_keys", None) or {}
+    seen = {id(state[parameter_of(layer.name)]) for layer in inventory.layers}
+    untouched = {}
+    # Aliases come last, so that the name that stays is the one save_pretrained keeps.
+    for name in sorted(state, key=lambda name: name in aliases):
+        tensor = state[name]
+        if name not in skipped and id(tensor) not in seen:
+            seen.add(id(tensor))
+            untouched[name] = (dtype_name(tensor), tuple(tensor.shape))
+    return untouched
+
+
+def _described(model: nn.Module, architecture: Architecture) -> Inventory:
+    """List the sites that a description names."""
+    blocks = _find(model, architecture, architecture.blocks, nn.ModuleList)
+    sites = []
+    if name := architecture.embedding:
+        _find(model, architecture, name, nn.Embedding)
+        role = name.rpartition(".")[2]
+        layer = _layer(model, name, block=None, role=role, input=None)
+        sites.append(Site("embedding", (layer,), "embedding"))
+    for index in range(len(blocks)):
+        for rule in architecture.sites:
+            layers = tuple(_ruled(model, architecture, rule, index=index))
+            sites.append(Site(f"blocks.{index}.{rule.name}", layers))
+    paths = tuple(f"{architecture.blocks}.{index}" for index in range(len(blocks)))
+    return Inventory(architecture.name, paths, tuple(sites), (), _is_tied(model))
+
+
+def _ruled(
+    model: nn.Module, architecture: Architecture, rule: SiteRule, *, index: int
+) -> Iterator[Layer]:
+    """Give the layers of one rule in one block."""
+    roles = _roles([path for site in architecture.sites for path in site.layers])
+    first: Layer | None = None
+    for path in rule.layers:
+        name = f"{architecture.blocks}.{index}.{path}"
+        found = _find(model, architecture, name, *MATRICES, nn.Parameter)
+        common = {"block": index, "role": roles[path]}
+        if isinstance(found, nn.Parameter):
+            uses = _expert_uses(model, architecture, found)
+            for expert in range(found.shape[0]):
+                full = f"{name}[{expert}]"
+                yield _layer(model, full, **common, input=full, uses=uses)
+            continue
+        source = first.name if first and rule.one_input else name
+        layer = _layer(model, name, **common, input=source)
+        first = first or layer
+        if rule.one_input and layer.shape[1] != first.shape[1]:
+            raise ModelError(
+                f"architecture {architecture.name!r}: layers of site {rule.name!r} "
+                f"share an input, but {first.name!r} reads {first.shape[1]} and "
+                f"{name!r} {layer.shape[1]} channels. Set one_input=False."
+            )
+        yield layer
+
+
+def _unknown(model: nn.Module, kind: str | None) -> Inventory:
+    """List one site a layer, for a model that no description fits."""
+    path, items = _longest_list(model, kind)
+    blocks = tuple(f"{path}.{index}".lstrip(".") for index in range(len(items)))
+    sites: list[Site] = []
+    seen: set[int] = set()
+    for index, block in enumerate(items):
+        inner = [(p, m) for p, m in block.named_modules() if isinstance(m, MATRICES)]
+        roles = _roles([part for part, _ in inner])
+        for part, module in inner:
+            if id(module.weight) in seen:  # shared between modules
+                continue
+            seen.add(id(module.weight))
+            name = f"{blocks[index]}.{part}".rstrip(".")
+            layer = _layer(model, name, block=index, role=roles[part], input=name)
+            site = f"blocks.{index}.{part}".rstrip(".").replace("/", "_")
+            sites.append(Site(site, (layer,)))
+    note = (
+        f"unknown architecture {kind!r}: one site a layer, {len(sites)} in the "
+        f"{len(blocks)} blocks of {path!r}; everything else stays untouched. Describe "
+        "it with the hook register_architectures to have fused sites."
+    )
+    log.warning("%s", note)
+    return Inventory("unknown", blocks, tuple(sites), (note,), _is_tied(model))
+
+
+def _longest_list(model: nn.Module, kind: str | None) -> tuple[str, nn.ModuleList]:
+    """Find the blocks: the longest list of modules that have layers."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and any(isinstance(inner, MATRICES) for inner in module.modules())
+    }
+    # A list inside of another is no list of blocks: old experts, for example.
+    outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    if not outer:
+        raise ModelError(
+            f"cannot find the blocks of model type {kind!r} ({type(model).__name__}): "
+            "it has no nn.ModuleList with nn.Linear layers. Describe the model with "
+            "the hook register_architectures."
+        )
+    path = max(outer, key=lambda name: len(lists[name]))
+    return path, lists[path]
+
+
+def _layer(model: nn.Module, name: str, **fields: Any) -> Layer:
+    weight = find_weight(model, name)
+    assert weight is not None, name
+    return Layer(name, (weight.shape[0], weight.shape[1]), dtype_name(weight), **fields)
+
+
+def _find(model: nn.Module, architecture: Architecture, path: str, *kinds: type) -> Any:
+    found: Any = model
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, kinds):
+        return found
+    has = "lacks" if found is None else f"has as a {type(found).__name__}"
+    raise ModelError(
+        f"architecture {architecture.name!r} describes {path!r} as "
+        f"{' or '.join(kind.__name__ for kind in kinds)}, which the model "
+        f"{type(model).__name__} {has}. Correct the description, or leave its plugin "
+        "out to get one site a layer."
+    )
+
+
+def _expert_uses(
+    model: nn.Module, architecture: Architecture, experts: nn.Parameter
+) -> float:
+    config: Any = model.config
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    if experts.dim() != 3 or chosen is None:
+        raise ModelError(
+            f"architecture {architecture.name!r} describes experts: expected a 3-D "
+            f"parameter and num_experts_per_tok in {type(config).__name__}, found "
+            f"shape {tuple(experts.shape)} and {chosen}"
+        )
+    return float(chosen / experts.shape[0])
+
+
+def _roles(paths: Sequence[str]) -> dict[str, str]:
+    """Shorten paths to the fewest last parts that no other path ends with."""
+    parts = [path.split(".") for path in paths]
+    ends = Counter(".".join(p[-n:]) for p in parts for n in range(1, len(p) + 1))
+    roles = {}
+    for path, split in zip(paths, parts, strict=True):
+        tails = (".".join(split[-n:]) for n in range(1, len(split) + 1))
+        roles[path] = next((tail for tail in tails if ends[tail] == 1), path)
+    return roles
+
+
+def _is_tied(model: Any) -> bool:
+    """Tell if the head is the embedding's parameter."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and head.weight is model.get_input_embeddings().weight

@@ -1,0 +1,81 @@
+"""What is known of a layer's inputs, gathered from tokens as they stream by."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+STATISTICS = frozenset({"input_norm", "hessian"})
+"""What a method may need."""
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """Sums over the tokens that one input has seen, in float32.
+
+    Attributes:
+        tokens: Number of tokens.
+        square_sum: Sum of the squares of each input, that is the squared L2 norm of
+            each column of ``X`` ``[tokens, in]``; None if not gathered.
+        hessian: ``Xᵀ X``, not averaged and not doubled; None if not gathered.
+    """
+
+    tokens: int
+    square_sum: Float[Tensor, " in"] | None = None
+    hessian: Float[Tensor, "in in"] | None = None
+
+
+NO_STATISTICS = InputStatistics(0)
+"""For methods that need none."""
+
+
+class Gathering:
+    """Adds up statistics of one input, batch by batch.
+
+    Args:
+        needs: Names out of ``STATISTICS``.
+        width: Number of inputs.
+    """
+
+    def __init__(self, needs: Collection[str], width: int) -> None:
+        self.needs = needs
+        self.tokens = 0
+        self.square_sum = torch.zeros(width) if "input_norm" in needs else None
+        self.hessian = torch.zeros(width, width) if "hessian" in needs else None
+
+    def add(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        """Add the activations of some tokens, in any float type."""
+        self.tokens += inputs.shape[0]
+        full = inputs.float()
+        if self.square_sum is not None:
+            self.square_sum += full.square().sum(0)
+        if self.hessian is not None:
+            # Numbers that came as bfloat16 are products without rounding error in
+            # bfloat16 units with float32 sums: several times faster, and exact.
+            with matmul_precision("bf16" if inputs.dtype == torch.bfloat16 else "ieee"):
+                self.hessian.addmm_(full.T, full)
+
+    def result(self) -> InputStatistics:
+        """Give the sums so far."""
+        return InputStatistics(self.tokens, self.square_sum, self.hessian)
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Let float32 matrix products on the CPU round their factors, for a while.
+
+    Args:
+        precision: ``bf16`` rounds the factors to bfloat16, sums stay in float32;
+            ``ieee`` rounds nothing.
+    """
+    backend: Any = torch.backends.mkldnn  # its type stubs lack ``matmul``
+    before = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.matmul.fp32_precision = before

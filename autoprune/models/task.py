@@ -1,0 +1,155 @@
+"""What a model is for: its batches, its outputs and the head that reads them.
+
+Every task here ends in a linear head over classes (the words of a vocabulary, labels):
+the vectors that the head reads are its outputs, and their divergence is that of the
+distributions that the head makes of them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from autoprune.errors import ModelError
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some windows, ready for a model.
+
+    Attributes:
+        inputs: Keyword arguments of the model; its tensors have a row a window.
+        scored: Positions whose outputs count.
+        labels: The right class at each scored position, window by window.
+    """
+
+    inputs: dict[str, Any]
+    scored: Bool[Tensor, "windows length"]
+    labels: Int[Tensor, " positions"]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The linear map from a model's last vectors to logits.
+
+    Attributes:
+        weight: One row a class, float32.
+        bias: Float32, or None.
+        scale: Factor of the logits.
+        softcap: Bound that the logits are squashed to by tanh; None for none.
+    """
+
+    weight: Float[Tensor, "classes hidden"]
+    bias: Float[Tensor, " classes"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(
+        self, features: Float[Tensor, "positions hidden"]
+    ) -> Float[Tensor, "positions classes"]:
+        """Give the logits of some positions, in float32."""
+        logits = features.float() @ self.weight.T
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+class _HeadReached(Exception):  # noqa: N818 - ends a forward pass, no error
+    """Carries the head's input out of a forward pass."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
+class Task(ABC):
+    """What the model is for.
+
+    A task has no state. ``batch`` is called once a window; ``features`` for each policy
+    on each batch; ``head`` when a dense model is cached or its head was compressed.
+
+    Attributes:
+        name: Unique, lower case.
+        auto_class: The class of transformers that loads the model.
+    """
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]
+
+    @abstractmethod
+    def batch(self, ids: Int[Tensor, "windows length"], tokenizer: Any) -> Batch:
+        """Make a batch of windows; deterministic.
+
+        Raises:
+            ModelError: If the tokenizer lacks what the task needs.
+        """
+
+    def features(
+        self, model: nn.Module, batch: Batch
+    ) -> Float[Tensor, "positions hidden"]:
+        """Give the vectors that the head reads at the scored positions.
+
+        The head itself is not computed: its input is caught on the way.
+        """
+        head = output_layer(model)
+
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _HeadReached(inputs[0])
+
+        handle = head.register_forward_pre_hook(stop)
+        try:
+            model(**batch.inputs)
+        except _HeadReached as reached:
+            return reached.features[batch.scored.to(reached.features.device)]
+        finally:
+            handle.remove()
+        raise ModelError(
+            f"{type(model).__name__} gave outputs without calling its output layer, so "
+            f"task {self.name!r} cannot read its features"
+        )
+
+    def head(self, model: nn.Module) -> Head:
+        """Give the head as it stands on the model now, in float32."""
+        layer = output_layer(model)
+        config: Any = model.config
+        bias = getattr(layer, "bias", None)
+        return Head(
+            layer.weight.detach().float(),
+            None if bias is None else bias.detach().float(),
+            _logit_scale(config),
+            getattr(config, "final_logit_softcapping", None),
+        )
+
+
+def output_layer(model: nn.Module) -> nn.Linear:
+    """Find the layer that makes logits.
+
+    Raises:
+        ModelError: If the model has none.
+    """
+    get: Callable[[], nn.Module | None] | None
+    get = getattr(model, "get_output_embeddings", None)
+    layer = get() if get else None
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(
+            f"{type(model).__name__} has no linear output layer (found {layer!r}). "
+            "Load it with a class that has a head, such as AutoModelForCausalLM"
+        )
+    return layer
+
+
+def _logit_scale(config: Any) -> float:
+    """Read the factor of the logits: Cohere multiplies by it, Granite divides."""
+    if getattr(config, "logit_scale", None) is not None:
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) is not None:
+        return 1 / float(config.logits_scaling)
+    return 1.0

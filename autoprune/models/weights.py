@@ -1,0 +1,106 @@
+"""A layer's weight, read and written as ``[out, in]`` however the model stores it.
+
+``nn.Linear`` and embeddings as they are, GPT-2's ``Conv1D`` transposed, experts as
+slices of their 3-D parameter.
+"""
+
+import re
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from autoprune.errors import ModelError, PolicyError
+from autoprune.policy import Layer
+
+MATRICES = (nn.Linear, Conv1D)
+"""Modules whose ``weight`` is a layer."""
+
+_EXPERT = re.compile(r"(.+)\.([^.]+)\[(\d+)\]")
+
+
+def read_weight(model: nn.Module, layer: Layer) -> Float[Tensor, "out in"]:
+    """Give a layer's weight: a view of the parameter, without gradient.
+
+    Raises:
+        ModelError: If the model lacks the layer, or has it with another shape.
+    """
+    weight = find_weight(model, layer.name)
+    if weight is None:
+        raise ModelError(
+            f"the model {type(model).__name__} has no layer {layer.name!r}. Take "
+            "layers from its own inventory."
+        )
+    if tuple(weight.shape) != layer.shape:
+        raise ModelError(
+            f"layer {layer.name!r} has shape {tuple(weight.shape)} in the model, "
+            f"expected {layer.shape}. Take layers from its own inventory."
+        )
+    return weight
+
+
+def write_weight(
+    model: nn.Module, layer: Layer, weight: Float[Tensor, "rows columns"]
+) -> None:
+    """Replace a layer's weight in place, rounded to the type that the model stores.
+
+    Writing a tied embedding changes the head with it.
+
+    Raises:
+        PolicyError: If ``weight`` has another shape than the layer.
+        ModelError: If the model lacks the layer, or has it with another shape.
+    """
+    if tuple(weight.shape) != layer.shape:
+        raise PolicyError(
+            f"weight for layer {layer.name!r} has shape {tuple(weight.shape)}, "
+            f"expected (out, in) = {layer.shape}"
+        )
+    with torch.no_grad():
+        read_weight(model, layer).copy_(weight)
+
+
+def find_weight(model: nn.Module, name: str) -> Float[Tensor, "out in"] | None:
+    """Give the view of a layer's parameter by name; None if the model has none."""
+    expert = expert_of(name)
+    path, parameter = expert[:2] if expert else (name, "weight")
+    try:
+        module = model.get_submodule(path)
+        weight = module.get_parameter(parameter).detach()
+    except AttributeError:
+        return None
+    if expert:
+        if weight.dim() != 3 or expert[2] >= weight.shape[0]:
+            return None
+        weight = weight[expert[2]]
+        transposed = bool(getattr(module, "is_transposed", False))  # as in GPT-OSS
+    else:
+        transposed = isinstance(module, Conv1D)
+    return weight.t() if transposed else weight
+
+
+def expert_of(name: str) -> tuple[str, str, int] | None:
+    """Split the name of an expert's layer; None for any other layer.
+
+    Example:
+        >>> expert_of("model.layers.0.mlp.experts.down_proj[3]")
+        ('model.layers.0.mlp.experts', 'down_proj', 3)
+    """
+    match = _EXPERT.fullmatch(name)
+    return (match[1], match[2], int(match[3])) if match else None
+
+
+def parameter_of(name: str) -> str:
+    """Name the parameter that holds a layer; experts share one.
+
+    Example:
+        >>> parameter_of("lm_head"), parameter_of("experts.down_proj[3]")
+        ('lm_head.weight', 'experts.down_proj')
+    """
+    expert = expert_of(name)
+    return f"{expert[0]}.{expert[1]}" if expert else f"{name}.weight"
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Spell a tensor's type as layers and storage do: ``bfloat16``."""
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Tables, fronts and plots of what was tried."""

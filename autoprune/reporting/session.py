@@ -1,0 +1,116 @@
+"""What a command is wrapped in: messages, errors, exit codes, results on their own.
+
+Everything heavy is imported late, so that ``--help`` answers at once.
+"""
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from autoprune.errors import AutoPruneError
+
+if TYPE_CHECKING:
+    from autoprune.reporting.console import ConsoleObserver
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+@contextmanager
+def session(*, verbose: bool) -> Iterator[Console]:
+    """Set up messages, and turn what goes wrong into a message and an exit code.
+
+    Args:
+        verbose: Tell everything, with tracebacks, and what other libraries say.
+
+    Yields:
+        The console for messages and progress: standard error.
+
+    Raises:
+        SystemExit: With 1 after an error of AutoPrune's, 130 after Ctrl-C.
+    """
+    console = Console(stderr=True)
+    if not verbose:  # these libraries read it when they are imported
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from autoprune.reporting.console import logging_to
+
+    with warnings.catch_warnings(), logging_to(console, verbose=verbose):
+        if not verbose:
+            warnings.simplefilter("ignore")
+        try:
+            yield console
+        except AutoPruneError as error:
+            if verbose:
+                console.print_exception()
+            # As it is: a message may hold brackets, and paths must stay whole.
+            text = f"error: {error}"
+            console.print(
+                text, style="red", markup=False, highlight=False, soft_wrap=True
+            )
+            raise SystemExit(1) from error
+        except KeyboardInterrupt as error:
+            console.print("interrupted; what was done is kept")
+            raise SystemExit(INTERRUPTED) from error
+
+
+@contextmanager
+def observing(console: Console, **about: Any) -> Iterator["ConsoleObserver"]:
+    """Draw progress for as long as the block runs; takes what its observer takes."""
+    from autoprune.reporting.console import ConsoleObserver
+
+    with ConsoleObserver(console, **about) as observer:
+        yield observer
+
+
+def write(data: Any, *parts: Any, as_json: bool) -> None:
+    """Write a result to standard output.
+
+    Args:
+        data: For machines: what JSON can hold, or objects of results.
+        *parts: For people: lines and tables.
+        as_json: Write the data, and nothing else.
+    """
+    from autoprune.reporting.machine import to_json
+
+    if as_json:
+        sys.stdout.write(to_json(data) + "\n")
+        return
+    console = Console()
+    for part in parts:
+        console.print(
+            part, markup=False, highlight=False, soft_wrap=isinstance(part, str)
+        )
+
+
+def tell_search(result: Any, *, as_json: bool, exports: Sequence[Any] = ()) -> None:
+    """Write what a search found, and the exports made of it.
+
+    Args:
+        result: A ``SearchResult``.
+        as_json: For a machine.
+        exports: ``ExportReport`` objects.
+
+    Raises:
+        SystemExit: With 130 if the search was stopped.
+    """
+    from autoprune.reporting import tables
+
+    parts = tables.search_parts(result)
+    parts += tables.exports_parts(exports) if exports else []
+    write(result.to_dict() | {"exports": exports}, *parts, as_json=as_json)
+    if result.ended == "stopped":
+        raise SystemExit(INTERRUPTED)
+
+
+def tell_exports(reports: Sequence[Any], *, as_json: bool) -> None:
+    """Write what was exported."""
+    from autoprune.reporting import tables
+
+    write(reports, *tables.exports_parts(reports), as_json=as_json)

@@ -1,0 +1,122 @@
+"""How a run stands, read from its folder, also while it goes on."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoprune.config import RunConfig
+from autoprune.errors import RunError
+from autoprune.plugins import load_plugins
+from autoprune.search.formulate import goals_of
+from autoprune.search.ledger import Ledger
+from autoprune.search.objective import Direction, Objective, front
+from autoprune.search.rows import Trial
+
+CONFIG = "config.yaml"
+FINALS = "finals.json"
+
+SHOWN = 5
+"""Best trials that are told of where one metric decides."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunStatus:
+    """How a run stands.
+
+    Attributes:
+        run_dir: The run folder.
+        goals: The metrics wanted, each with its direction.
+        trials: All trials.
+        leaders: The front where several metrics are wanted, else the best trials.
+        wanted: Trials that the run shall have; None if time alone ends it.
+        finals: The last choice, as in ``finals.json``; empty before it is made.
+    """
+
+    run_dir: Path
+    goals: tuple[tuple[str, Direction], ...]
+    trials: Sequence[Trial]
+    leaders: Sequence[Trial]
+    wanted: int | None
+    finals: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "RunStatus":
+        """Read a run folder.
+
+        Raises:
+            RunError: If it is no run folder, or a file in it cannot be read.
+            ConfigError: If its configuration cannot be read.
+            PluginError: If one of its plugins is not there.
+        """
+        with Ledger.read(run_dir) as ledger:
+            trials = ledger.trials()
+        config = RunConfig.from_yaml(run_dir / CONFIG)
+        metrics = load_plugins(config.plugins).objects["metrics"]
+        goals = goals_of(metrics, config.objective)
+        leaders = front(trials, Objective(goals))
+        if len(goals) == 1:
+            costs = Objective(goals).costs
+            leaders = sorted((t for t in trials if t.feasible), key=costs)[:SHOWN]
+        return cls(
+            run_dir,
+            goals,
+            trials,
+            leaders,
+            config.search.trials,
+            _finals(run_dir / FINALS),
+        )
+
+    @property
+    def mean_trial_s(self) -> float | None:
+        """Mean seconds of a trial; None without any."""
+        times = [math.fsum(trial.timings.values()) for trial in self.trials]
+        return math.fsum(times) / len(times) if times else None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that the trials still wanted take at that pace; None if unknown."""
+        if self.wanted is None or self.mean_trial_s is None:
+            return None
+        return max(0, self.wanted - len(self.trials)) * self.mean_trial_s
+
+    def states(self) -> dict[str, int]:
+        """Count the trials by how they ended."""
+        ends = [trial.state for trial in self.trials]
+        return {state: ends.count(state) for state in dict.fromkeys(ends)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the status as plain data, ready for JSON."""
+        return {
+            "run": str(self.run_dir),
+            "goals": dict(self.goals),
+            "trials": len(self.trials),
+            "trials_wanted": self.wanted,
+            "states": self.states(),
+            "mean_trial_s": self.mean_trial_s,
+            "left_s": self.left_s,
+            "last_finished": self.trials[-1].finished if self.trials else None,
+            "leaders": [
+                {
+                    "trial": trial.number,
+                    "origin": trial.origin,
+                    "metrics": dict(trial.metrics),
+                    "policy": trial.policy.to_dict(),
+                }
+                for trial in self.leaders
+            ],
+            "finals": dict(self.finals),
+        }
+
+
+def _finals(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"cannot read {path}: {error}. Run the search again; its trials are kept"
+        ) from error

@@ -1,0 +1,250 @@
+"""Tables for people: trials, finals, exports, plugins, methods; 80 columns will do."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from autoprune.reporting.status import RunStatus
+
+FIGURES = ("kl", "perplexity", "size_bytes", "compression_ratio")
+"""Metrics that a table of trials shows besides the goals, while they fit."""
+
+MOST_FIGURES = 5
+"""Metrics that fit into 80 columns beside a policy's origin."""
+
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def value(name: str, number: float) -> str:
+    """Write a metric's value for people, by the unit that its name ends in.
+
+    Example:
+        >>> value("size_bytes", 70_000_000), value("kl", 0.0123456)
+        ('70.00 MB', '0.01235')
+        >>> value("compression_ratio", 3.8421), value("size_bytes", 12.0)
+        ('3.84x', '12 B')
+    """
+    if name.endswith("_bytes"):
+        for scale, unit in _UNITS:
+            if number >= scale:
+                return f"{number / scale:.2f} {unit}"
+        return f"{number:.0f} B"
+    if name.endswith("_ratio"):
+        return f"{number:.2f}x"
+    return f"{number:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time span for people.
+
+    Example:
+        >>> [duration(seconds) for seconds in (4.26, 75, 3700)]
+        ['4.3 s', '1 min 15 s', '1 h 01 min']
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def status_parts(status: RunStatus) -> list[str | Table]:
+    """Tell how a run stands, in lines and tables."""
+    of = f" of {status.wanted}" if status.wanted else ""
+    ends = ", ".join(f"{count} {state}" for state, count in status.states().items())
+    parts: list[str | Table] = [
+        f"{status.run_dir}: {len(status.trials)}{of} trials ({ends or 'none'})",
+        "wanted: " + ", ".join(f"{way} {name}" for name, way in status.goals),
+    ]
+    if status.mean_trial_s is not None:
+        pace = f"{duration(status.mean_trial_s)} a trial"
+        if status.left_s:
+            pace += f", {duration(status.left_s)} left at that pace"
+        parts.append(f"{pace}; the last ended {status.trials[-1].finished}")
+    if status.leaders:
+        title = "Best trials" if len(status.goals) == 1 else "Front"
+        goals = [name for name, _ in status.goals]
+        parts.append(trials_table(status.leaders, goals, title=title))
+    if status.finals:
+        parts.append(finals_table(status.finals))
+    return parts
+
+
+def search_parts(result: Any) -> list[str | Table]:
+    """Tell what a search found, in tables and lines.
+
+    Args:
+        result: A ``SearchResult``.
+    """
+    count = f"{len(result.trials)} trials, in {result.run_dir}"
+    if result.ended == "stopped":
+        return [f"Stopped after {count}. The same command goes on from there."]
+    return [finals_table(result.finals), f"Ended after {count} ({_ENDS[result.ended]})"]
+
+
+_ENDS = {
+    "trials": "as many as wanted",
+    "time": "the time is used up",
+    "exhausted": "the space holds no other policy within the budgets",
+}
+"""Why a search ended, for people."""
+
+
+def exports_parts(reports: Sequence[Any]) -> list[str | Table]:
+    """Tell what was exported, and how to load it."""
+    lines = ["To load them:" if len(reports) > 1 else "To load it:"]
+    for target, line in _LOADING.items():
+        lines += [
+            "  " + line.format(folder=str(report.folder))
+            for report in reports
+            if (report.target if report.target in _LOADING else "") == target
+        ]
+    return [exports_table(reports), "\n".join(lines)]
+
+
+_LOADING = {
+    "": 'autoprune.load("{folder}")',
+    "transformers": 'AutoModelForCausalLM.from_pretrained("{folder}")',
+}
+"""How an export is loaded, by target; the first for all that are not named."""
+
+
+def trials_table(trials: Sequence[Any], goals: Iterable[str], *, title: str) -> Table:
+    """Make a table of trials, in the order given.
+
+    Args:
+        trials: Rows of the ledger.
+        goals: Metrics that are wanted; they come first.
+        title: What the trials are.
+    """
+    wanted = list(dict.fromkeys([*goals, *FIGURES]))
+    known = trials[0].metrics if trials else {}
+    names = [name for name in wanted if name in known][:MOST_FIGURES]
+    table = _table(title)
+    table.add_column("trial", justify="right")
+    for name in names:
+        table.add_column(_heading(name), justify="right")
+    table.add_column("origin", ratio=1)
+    for trial in trials:
+        figures = [value(name, trial.metrics[name]) for name in names]
+        table.add_row(str(trial.number), *figures, trial.origin)
+    return table
+
+
+def finals_table(finals: Mapping[str, Any]) -> Table:
+    """Make the table of a search's end: dense model, rivals and winner.
+
+    Args:
+        finals: Figures on the report split, as in ``finals.json``.
+    """
+    dense = finals["dense_sizes"]
+    table = _table("On text that the search never saw")
+    table.add_column("policy", ratio=1)
+    for heading in ("perplexity", "KL", *dense):
+        table.add_column(heading, justify="right")
+    winner = finals["winner"]
+    rivals = [row for row in finals["rivals"] if row["trial"] != winner["trial"]]
+    table.add_row(
+        "dense", *_finals_row({"report": finals["dense"], "sizes": dense}, {})
+    )
+    for row in rivals:
+        table.add_row(f"rival, {_whose(row)}", *_finals_row(row, dense))
+    cells = _finals_row(winner, dense)
+    table.add_row(f"winner, {_whose(winner)}", *cells, style="bold")
+    return table
+
+
+def _finals_row(row: Mapping[str, Any], dense: Mapping[str, int]) -> list[str]:
+    report, error = row["report"], row.get("kl_standard_error")
+    kl = value("kl", report["kl"]) + (f"\n±{error:.1g}" if error is not None else "")
+    sizes = [
+        value("size_bytes", size) + (f"\n{dense[name] / size:.2f}x" if dense else "")
+        for name, size in row["sizes"].items()
+    ]
+    return [value("perplexity", report["perplexity"]), kl, *sizes]
+
+
+def _whose(row: Mapping[str, Any]) -> str:
+    return f"trial {row['trial']}: {row['origin']}"
+
+
+def metrics_table(columns: Mapping[str, Mapping[str, float]], *, title: str) -> Table:
+    """Make a table of all metrics, one column a model."""
+    table = _table(title)
+    table.add_column("metric")
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for name in next(iter(columns.values())):
+        cells = [value(name, metrics[name]) for metrics in columns.values()]
+        table.add_row(name, *cells)
+    return table
+
+
+def exports_table(reports: Iterable[Any]) -> Table:
+    """Make a table of exports that were written and verified."""
+    table = _table("Exported, and verified in a fresh process")
+    for heading in ("target", "size", "perplexity", "loaded again"):
+        table.add_column(heading, justify="left" if heading == "target" else "right")
+    table.add_column("folder", ratio=1, overflow="fold")
+    for report in reports:
+        table.add_row(
+            report.target,
+            value("size_bytes", report.size_bytes),
+            value("perplexity", report.metrics["perplexity"]),
+            value("perplexity", report.verified.perplexity),
+            str(report.folder),
+        )
+    return table
+
+
+def plugins_table(records: Iterable[Any]) -> Table:
+    """Make a table of plugins: what each registered, or why it was left out."""
+    table = _table("Plugins")
+    table.add_column("plugin")
+    table.add_column("package")
+    table.add_column("registers", ratio=1, overflow="fold")
+    for record in records:
+        hooks = [hook for hook in record.hooks if not hook.startswith("register_")]
+        what = ", ".join([*record.objects, *hooks])
+        if record.error:
+            table.add_row(record.name, record.distribution, record.error, style="red")
+        else:
+            table.add_row(record.name, record.distribution, what)
+    return table
+
+
+def methods_table(methods: Iterable[Any]) -> Table:
+    """Make a table of methods: parameters, the statistics they need, the paper."""
+    table = _table("Methods")
+    table.add_column("method")
+    table.add_column("parameters", ratio=3)
+    table.add_column("needs", ratio=2)
+    table.add_column("paper", ratio=2)
+    for method in methods:
+        lines = "\n".join(parameter_text(one) for one in method.parameters)
+        needs = ", ".join(sorted(method.needs)) or "nothing"
+        table.add_row(method.name, lines, needs, method.reference, end_section=True)
+    return table
+
+
+def parameter_text(parameter: Any) -> str:
+    """Write a parameter as ``bits: int, 2 to 8, default 4``."""
+    text = f"{parameter.name}: {parameter.kind.__name__}"
+    if parameter.low is not None:
+        joint = "between {:g} and {:g}" if parameter.open_range else "{:g} to {:g}"
+        text += ", " + joint.format(parameter.low, parameter.high)
+    if parameter.default is not None:
+        text += f", default {parameter.default}"
+    return text
+
+
+def _heading(name: str) -> str:
+    """Shorten a metric's name to its unit-less words, one a line."""
+    return name.removesuffix("_bytes").replace("_", "\n")
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)

@@ -1,0 +1,1 @@
+"""The space of policies, the study over it and its ledger."""

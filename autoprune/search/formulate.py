@@ -1,0 +1,165 @@
+"""Makes the problem of a run from its configuration: space, prices, budgets, goals."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from autoprune.config import Limit, ObjectiveConfig, Rule
+from autoprune.errors import (
+    BudgetError,
+    ConfigError,
+    MethodError,
+    PolicyError,
+    unknown_name,
+)
+from autoprune.evaluation.metric import Evidence, Metric
+from autoprune.evaluation.workbench import Workbench
+from autoprune.policy import Action, Layer, Policy
+from autoprune.search.budget import Budget, Prices
+from autoprune.search.objective import Direction, Objective
+from autoprune.search.objective import Limit as Bound
+from autoprune.search.problem import Problem
+from autoprune.search.space import Refuses, SearchSpace, build_space
+
+SIZE = "size_bytes"
+"""The budget that is filled up; its prices are always known."""
+
+
+def formulate(
+    bench: Workbench, rules: Sequence[Rule], budgets: Mapping[str, Limit]
+) -> Problem:
+    """Cross the model's sites with the configured actions, and price every choice.
+
+    Args:
+        bench: The model and its export target.
+        rules: Which actions which sites may choose from.
+        budgets: Limits by metric; those that do not add up over layers are left to
+            the trials.
+
+    Raises:
+        ConfigError: If an action, a site pattern or a metric is unknown or impossible.
+        BudgetError: If no policy of the space meets a budget.
+    """
+    parsed = [(rule.sites, _actions(bench, rule)) for rule in rules]
+    space = build_space(bench.inventory.sites, parsed, _refuses(bench))
+    additive = {name for name in budgets if is_additive(bench, name)}
+    names = sorted(additive | {SIZE}, key=lambda name: (name != SIZE, name))
+    prices = {name: _prices(bench, space, bench.metric(name)) for name in names}
+    limits = [
+        _budget(bench, space, prices[name], budgets[name])
+        for name in names
+        if name in budgets
+    ]
+    return Problem(space, tuple(prices.values()), tuple(limits))
+
+
+def is_additive(bench: Workbench, name: str) -> bool:
+    """Tell whether a metric adds up over layers, so that a budget on it is exact.
+
+    Raises:
+        ConfigError: If there is no metric of that name.
+    """
+    layer, storage = next(iter(bench.scene().dense_storages.items()))
+    return bench.metric(name).price(layer, storage, bench.scene()) is not None
+
+
+def _actions(bench: Workbench, rule: Rule) -> tuple[Action, ...]:
+    try:
+        parsed = [action for text in rule.actions for action in Action.parse_all(text)]
+        return tuple(dict.fromkeys(bench.actions.canonical(a) for a in parsed))
+    except (PolicyError, MethodError) as error:
+        raise ConfigError(f"space, sites {rule.sites!r}: {error}") from error
+
+
+def _refuses(bench: Workbench) -> Refuses:
+    """Ask the methods, then the export target."""
+
+    def refuses(layer: Layer, action: Action) -> str | None:
+        reason = bench.actions.refuses(layer, action)
+        if reason is None:
+            storage = bench.actions.storage(layer, action)
+            reason = bench.exporter.refuses(layer, storage)
+        return reason
+
+    return refuses
+
+
+def _prices(bench: Workbench, space: SearchSpace, metric: Metric) -> Prices:
+    scene = bench.scene()
+    table = {}
+    for site in space.sites:
+        totals = []
+        for action in space.choices[site.name]:
+            storages = [(la, bench.actions.storage(la, action)) for la in site.layers]
+            priced = [metric.price(la, storage, scene) for la, storage in storages]
+            totals.append(sum(price for price in priced if price is not None))
+        table[site.name] = np.array(totals, dtype=np.float64)
+    return Prices(metric.name, table)
+
+
+def _budget(
+    bench: Workbench, space: SearchSpace, prices: Prices, limit: Limit
+) -> Budget:
+    """Turn a limit on a metric into one on its sum of prices."""
+    metric, scene = bench.metric(prices.metric), bench.scene()
+    dense = metric.measure(Evidence(scene, scene.dense_storages))
+    if limit.relative and dense == 0:
+        raise ConfigError(
+            f"the budget of {metric.name} is {limit}, but the dense model's "
+            f"{metric.name} is 0; give an absolute limit"
+        )
+    value = limit.absolute(dense)
+    total = metric.total_limit(value, scene)
+    cheapest = {name: int(costs.argmin()) for name, costs in prices.table.items()}
+    lowest = sum(costs[cheapest[name]] for name, costs in prices.table.items())
+    if lowest > total:
+        policy = Policy({n: space.choices[n][i] for n, i in cheapest.items()})
+        reach = metric.measure(Evidence(scene, bench.storages(policy)))
+        relation = "<=" if metric.direction == "minimize" else ">="
+        raise BudgetError(
+            f"no policy of the space meets the budget {metric.name} {relation} "
+            f"{value:.6g}; the best that its actions reach is {reach:.6g} (dense: "
+            f"{dense:.6g}). Relax the budget, or allow stronger actions"
+        )
+    return Budget(metric.name, total)
+
+
+def make_objective(bench: Workbench, wanted: ObjectiveConfig) -> Objective:
+    """Say what the search is after, and what bounds it that only a trial can tell.
+
+    Raises:
+        ConfigError: If a metric is unknown, or limited relative to a dense value of 0.
+    """
+    limits = []
+    for name, limit in wanted.budgets.items():
+        if is_additive(bench, name):
+            continue  # kept exactly by every proposal
+        dense = bench.dense_metrics("fitness")[name]
+        if limit.relative and dense == 0:
+            raise ConfigError(
+                f"the budget of {name} is {limit}, but the dense model's {name} is 0; "
+                "give an absolute limit"
+            )
+        direction = bench.metric(name).direction
+        limits.append(Bound(name, limit.absolute(dense), direction))
+    return Objective(goals_of(bench.metrics, wanted), tuple(limits))
+
+
+def goals_of(
+    metrics: Mapping[str, Metric], wanted: ObjectiveConfig
+) -> tuple[tuple[str, Direction], ...]:
+    """Name the metrics that a search is after, each with its direction.
+
+    Without a metric, a front or a reward, it is the least KL if anything is limited;
+    with no limits at all, the reward decides.
+
+    Raises:
+        ConfigError: If a metric is unknown.
+    """
+    if wanted.reward or not (wanted.metric or wanted.pareto or wanted.budgets):
+        return (("reward", "maximize"),)
+    names = wanted.pareto or [wanted.metric or "kl"]
+    for name in names:
+        if name not in metrics:
+            raise ConfigError(unknown_name("metric", name, metrics))
+    return tuple((name, metrics[name].direction) for name in names)

@@ -1,0 +1,182 @@
+"""All that a run needs before its first trial, made from its configuration."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoprune.compression.bank import VariantBank
+from autoprune.config import RunConfig
+from autoprune.errors import ConfigError
+from autoprune.evaluation.reward import Reward
+from autoprune.evaluation.workbench import Measured, Workbench
+from autoprune.plugins import Plugins
+from autoprune.policy import Action, Layer, Policy
+from autoprune.search.formulate import SIZE, formulate, make_objective
+from autoprune.search.objective import Direction, Objective
+from autoprune.search.problem import Problem
+from autoprune.search.study import Proposal
+
+DEFAULT_REWARD = "logs"
+"""Decides where no metric and no budget is named, and picks from a Pareto front."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run, ready to begin.
+
+    Attributes:
+        config: What was asked for.
+        plugins: What is installed.
+        bench: Model, tokens and metrics.
+        problem: What may be chosen, and the budgets.
+        objective: What is wanted.
+        reward: Makes one number of a measurement, with its weights.
+        proposals: Policies to try first; uniform ones are the rivals.
+        reference: Whose compressed model gives the inputs of the variants; None for
+            the dense model.
+        bank: The variants that trials use.
+    """
+
+    config: RunConfig
+    plugins: Plugins
+    bench: Workbench
+    problem: Problem
+    objective: Objective
+    reward: tuple[Reward, dict[str, float]]
+    proposals: tuple[Proposal, ...]
+    reference: Policy | None
+    bank: VariantBank
+
+    @classmethod
+    def make(
+        cls, config: RunConfig, plugins: Plugins, cache: Path | None = None
+    ) -> "Plan":
+        """Load model and text, cross sites with actions, choose the reference.
+
+        Raises:
+            ConfigError: If the configuration is wrong or no policy meets the budgets.
+            AutoPruneError: If model, text or a plugin fails.
+        """
+        plugins.get("samplers", config.search.sampler)
+        reward = _reward(config, plugins)
+        bench = Workbench.open(
+            plugins,
+            model=config.model,
+            task=config.task,
+            text=config.text,
+            target=config.export,
+            seed=config.search.seed,
+            cache=cache,
+        )
+        problem = formulate(bench, config.space, config.objective.budgets)
+        found = plugins.notify("propose_policies", problem=problem)
+        proposals = tuple(proposal for several in found for proposal in several)
+        reference = _reference(config, problem, proposals)
+        plan = cls(
+            config,
+            plugins,
+            bench,
+            problem,
+            make_objective(bench, config.objective),
+            reward,
+            proposals,
+            reference,
+            bench.bank(reference),
+        )
+        plan.check_store()
+        return plan
+
+    @property
+    def pairs(self) -> list[tuple[Layer, Action]]:
+        """Every layer with every action that the space allows it."""
+        return [
+            (layer, action)
+            for site in self.problem.space.sites
+            for action in self.problem.space.choices[site.name]
+            for layer in site.layers
+        ]
+
+    def check_store(self) -> None:
+        """Refuse a space whose variants do not fit into the store.
+
+        Raises:
+            ConfigError: If they do not.
+        """
+        needed = sum(self.bench.actions.storage(*pair).nbytes for pair in self.pairs)
+        cap = self.bench.store.cap_bytes
+        if needed > cap:
+            raise ConfigError(
+                f"the variants of this space take {needed / 1e9:.1f} GB, the store's cap "
+                f"is {cap / 1e9:.1f} GB. Allow fewer actions, or raise the cap with "
+                "AUTOPRUNE_STORE_GB"
+            )
+
+    def cost(self, split: str) -> Callable[[Measured], float]:
+        """Say what finalists are compared by: less is better, inf if it diverged."""
+        (name, direction), *others = self.objective.goals
+        reward, weights = self.reward
+        dense = self.bench.dense_metrics(split)
+
+        def cost(measured: Measured) -> float:
+            if others or name == "reward":
+                value = -reward.score(measured.metrics, dense, weights)
+            else:
+                value = measured.metrics[name] * (1 if direction == "minimize" else -1)
+            return value if math.isfinite(value) else math.inf
+
+        return cost
+
+    @property
+    def front_goals(self) -> tuple[tuple[str, Direction], ...]:
+        """The metrics of the front: the objective's, or size against divergence."""
+        goals = self.objective.goals
+        return goals if len(goals) > 1 else ((SIZE, "minimize"), ("kl", "minimize"))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the run's figures depend on; a run folder keeps to one."""
+        config, bench = self.config, self.bench
+        return {
+            "model": bench.checkpoint.revision,
+            "task": config.task,
+            "text": {name: split.fingerprint for name, split in bench.splits.items()},
+            "space": self.problem.space.fingerprint,
+            "bank": self.bank.name,
+            "objective": config.objective.model_dump(mode="json"),
+            "sampler": config.search.sampler,
+            "seed": config.search.seed,
+            "export": config.export,
+            "compute_dtype": str(bench.compute_dtype).removeprefix("torch."),
+            "methods": {name: m.version for name, m in _used(self).items()},
+        }
+
+
+def _used(plan: Plan) -> Mapping[str, Any]:
+    names = {step.method for _, action in plan.pairs for step in action.steps}
+    return {name: plan.plugins.methods[name] for name in sorted(names)}
+
+
+def _reward(config: RunConfig, plugins: Plugins) -> tuple[Reward, dict[str, float]]:
+    reward: Reward = plugins.get("rewards", config.objective.reward or DEFAULT_REWARD)
+    return reward, dict(config.objective.weights or reward.default_weights)
+
+
+def _reference(
+    config: RunConfig, problem: Problem, proposals: Sequence[Proposal]
+) -> Policy | None:
+    """Choose the proposal whose inputs the variants are made on.
+
+    Under a budget the largest, the first of those as large to a percent; without one
+    that of middle size.
+    """
+    if config.bank == "dense":
+        return None
+    sized = [(problem.price(SIZE, policy), policy) for _, policy in proposals]
+    if not problem.budgets:
+        middle = sorted(sized, key=lambda pair: pair[0])[len(sized) // 2 :]
+        return middle[0][1] if middle else None
+    sized = [pair for pair in sized if problem.within(pair[1])]
+    largest = max((size for size, _ in sized), default=0.0)
+    return next((p for size, p in sized if size >= 0.99 * largest), None)

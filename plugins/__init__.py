@@ -1,0 +1,1 @@
+"""AutoPrune's own plugins, found by entry point like anybody's."""

@@ -1,0 +1,10 @@
+"""The built-in reward."""
+
+from autoprune.evaluation.reward import LogRatios, Reward
+from autoprune.hookspecs import hookimpl
+
+
+@hookimpl
+def register_rewards() -> list[Reward]:
+    """Register it."""
+    return [LogRatios()]

@@ -1,0 +1,130 @@
+"""The target ``transformers``: a plain Hugging Face folder, which every tool opens.
+
+Zeros and codes cost full size in it: no policy makes the file smaller.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from autoprune.compression.storage import Part, Storage
+from autoprune.errors import ExportError, ModelError
+from autoprune.exporting.exporter import Exporter, ExportJob, safetensors_bytes
+from autoprune.exporting.marker import MARKER, read_marker, write_marker
+from autoprune.hookspecs import hookimpl
+from autoprune.models.checkpoints import Checkpoint, load_model
+from autoprune.models.layers import Inventory, untouched_parameters, write_weight
+from autoprune.models.loading import quiet
+from autoprune.models.weights import dtype_name, expert_of
+from autoprune.policy import Layer
+
+SHARD = "50GB"
+"""Most bytes of one weight file: what transformers does by itself."""
+
+
+class TransformersFolder(Exporter):
+    """The dense model's own files with other weights in them.
+
+    transformers saves some models under other names than they have in memory, and
+    splits experts; ``for_model`` finds out. Without it, names are taken as in memory.
+
+    Args:
+        saved_bytes: Size of the weight files of the model, if known.
+        layers: The model's layers.
+    """
+
+    name = "transformers"
+    stores = "every weight at full size: zeros and codes save nothing"
+
+    def __init__(
+        self, saved_bytes: int | None = None, layers: tuple[Layer, ...] = ()
+    ) -> None:
+        self._saved_bytes = saved_bytes
+        self._layers = layers
+
+    def for_model(self, model: Any, inventory: Inventory) -> "TransformersFolder":
+        """Find out how large transformers saves the model."""
+        everything = untouched_parameters(model, Inventory("", (), ()))
+        state = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            for name, (dtype, shape) in everything.items()
+        }
+        saved = revert_weight_conversion(model, state)
+        shards = split_torch_state_dict_into_shards(saved, max_shard_size=SHARD)
+        size = 0
+        for names in shards.filename_to_tensors.values():
+            parts = {
+                name: Part(dtype_name(saved[name]), tuple(saved[name].shape))
+                for name in names
+            }
+            size += safetensors_bytes(parts, self.metadata())
+        return TransformersFolder(size, inventory.layers)
+
+    def tensors(self, layer: Layer, storage: Storage) -> dict[str, Part]:
+        """Name the layer's weight, as in memory; an expert as if it were alone."""
+        expert = expert_of(layer.name)
+        stem = f"{expert[0]}.{expert[2]}.{expert[1]}" if expert else layer.name
+        return {f"{stem}.weight": Part(storage.dtype, storage.shape)}
+
+    def metadata(self) -> dict[str, str]:
+        """Say that the tensors are torch's."""
+        return {"format": "pt"}
+
+    def layer_bytes(self, layer: Layer, storage: Storage) -> int:
+        """Price a layer: all actions alike."""
+        if self._saved_bytes is None:
+            return super().layer_bytes(layer, storage)
+        return Part(storage.dtype, storage.shape).nbytes
+
+    def size_bytes(
+        self, storages: Mapping[Layer, Storage], untouched: Mapping[str, Part]
+    ) -> int:
+        """Tell the size of the weight files, the same for every policy."""
+        if self._saved_bytes is None:
+            return super().size_bytes(storages, untouched)
+        absent = [layer for layer in self._layers if layer not in storages]
+        return self._saved_bytes - sum(Storage.dense(layer).nbytes for layer in absent)
+
+    def write(self, folder: Path, job: ExportJob) -> None:
+        """Load the dense model anew, put the variants on it and save it."""
+        model = load_model(job.checkpoint, job.auto_class)
+        for layer in job.inventory.layers:
+            write_weight(model, layer, job.variant(layer).weight)
+        if model.can_generate():
+            # Published settings are often such that transformers refuses to save them;
+            # the dense model's own file is copied instead.
+            model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        with quiet():
+            model.save_pretrained(folder, max_shard_size=SHARD)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        write_marker(folder, target=self.name, auto_class=job.auto_class)
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        """Read the model with transformers.
+
+        A folder that AutoPrune did not write is read as a causal language model.
+
+        Raises:
+            ExportError: If a file is missing, damaged, newer or of another target.
+        """
+        auto_class = "AutoModelForCausalLM"
+        if (folder / MARKER).exists():
+            needs = {"auto_class": str}
+            auto_class = read_marker(folder, target=self.name, needs=needs)[
+                "auto_class"
+            ]
+        try:
+            return load_model(Checkpoint(str(folder), folder, ""), auto_class)
+        except ModelError as error:
+            raise ExportError(f"cannot load the export {folder}: {error}") from error
+
+
+@hookimpl
+def register_exporters() -> list[Exporter]:
+    """Register it."""
+    return [TransformersFolder()]

@@ -1,0 +1,1 @@
+"""Spaces that ship: one YAML file per question that a user asks."""
