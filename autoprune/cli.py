@@ -11,6 +11,8 @@ from autoprune.reporting.session import (
     observing,
     session,
     tell_exports,
+    tell_methods,
+    tell_plugins,
     tell_search,
     write,
 )
@@ -214,14 +216,12 @@ def plugins(
     """List the plugins and what each registers, or the methods."""
     with session(verbose=verbose):
         from autoprune.plugins import load_plugins
-        from autoprune.reporting import machine, tables
 
         found = load_plugins(plugin or [])
-        known = sorted(found.methods.values(), key=lambda method: str(method.name))
-        data, table = found.records, tables.plugins_table(found.records)
         if methods:
-            data, table = machine.methods_data(known), tables.methods_table(known)
-        write(data, table, as_json=as_json)
+            tell_methods(found.methods.values(), as_json=as_json)
+        else:
+            tell_plugins(found.records, as_json=as_json)
 
 
 @app.command()
@@ -296,4 +296,5 @@ def _folder(run: Path) -> Path:
     """Find a run folder by its path, or by its name among the runs."""
     from autoprune.run import RUNS
 
-    return RUNS / run if not run.exists() and (RUNS / run).is_dir() else run
+    named = not (run / "ledger.sqlite").exists() and (RUNS / run).is_dir()
+    return RUNS / run if named else run

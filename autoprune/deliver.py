@@ -3,13 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from autoprune.compression.bank import VariantBank
 from autoprune.config import RunConfig, TextConfig
 from autoprune.errors import PolicyError, RunError
+from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.folder import load, write_export
 from autoprune.exporting.verification import Verification, verify_export
@@ -17,10 +17,10 @@ from autoprune.plugins import Plugins, load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.card import model_card
 from autoprune.reporting.observer import Observer
-from autoprune.search.ledger import Ledger
-from autoprune.search import objective as objectives
-from autoprune.search.plan import Plan
-from autoprune.search.rows import Trial
+from autoprune.searching.ledger import Ledger
+from autoprune.searching import objective as objectives
+from autoprune.searching.plan import Plan
+from autoprune.searching.rows import Trial
 
 __all__ = ["ExportReport", "apply", "evaluate", "export", "load"]
 
@@ -149,9 +149,9 @@ def apply(
     observer.stage("making variants")
     bank.make(bench.per_layer(chosen).items(), observer.advance)
     observer.stage("measuring on the report split")
-    record = origin(bench, chosen) | {
+    record = made_for(bench, chosen) | {
         "seed": SEED,
-        "text": text_record(bench, text, "report"),
+        "text": measured_on(bench, text, "report"),
         "figures": {
             "dense": bench.dense_metrics("report"),
             "compressed": bench.measure(chosen, bank, "report").metrics,
@@ -218,30 +218,6 @@ def read_policy(path: str | Path) -> Policy:
         return Policy.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise PolicyError(f"cannot read the policy {path}: {error}") from error
-
-
-def origin(bench: Workbench, reference: Policy | None) -> dict[str, Any]:
-    """Say what a policy was made for, and with what."""
-    packages = ("autoprune", "torch", "transformers")
-    return {
-        "model": {
-            "source": bench.checkpoint.source,
-            "revision": bench.checkpoint.revision,
-        },
-        "task": bench.task.name,
-        "reference": reference.to_dict() if reference else None,
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def text_record(bench: Workbench, text: TextConfig, split: str) -> dict[str, Any]:
-    """Say on which text figures were measured."""
-    windows = bench.splits[split]
-    return text.model_dump() | {
-        "split": split,
-        "windows": len(windows.ids),
-        "fingerprint": windows.fingerprint,
-    }
 
 
 def _open(
@@ -355,10 +331,10 @@ def _chosen(
     found = []
     for one in trials:
         measured = plan.bench.measure(one.policy, plan.bank, "report").metrics
-        record = origin(plan.bench, plan.reference) | {
+        record = made_for(plan.bench, plan.reference) | {
             "trial": one.number,
             "seed": plan.config.search.seed,
-            "text": text_record(plan.bench, plan.config.text, "report"),
+            "text": measured_on(plan.bench, plan.config.text, "report"),
             "figures": {
                 "dense": plan.bench.dense_metrics("report"),
                 "compressed": measured,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from autoprune.policy import Policy
-    from autoprune.search.problem import Problem
+    from autoprune.searching.problem import Problem
 
 PROJECT = "autoprune"
 """Name of the plugin manager and of the entry-point group."""

@@ -1,6 +1,7 @@
 """The whole path: a configuration in, a run folder with the best policy out."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -17,15 +18,15 @@ from autoprune.errors import BudgetError, ConfigError, RunError, unknown_name
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
-from autoprune.deliver import origin, text_record
+from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.reporting.observer import SEARCHING, Observer
-from autoprune.search.finals import Candidate, Finalist, rank, report, resolve_anew
-from autoprune.search.ledger import Ledger
-from autoprune.search.objective import front
-from autoprune.search.plan import Plan
-from autoprune.search.rows import Trial
-from autoprune.search.study import run_study
-from autoprune.search.trial import Evaluator
+from autoprune.searching.finals import Candidate, Finalist, rank, report, resolve_anew
+from autoprune.searching.ledger import Ledger
+from autoprune.searching.objective import front
+from autoprune.searching.plan import Plan
+from autoprune.searching.rows import Trial
+from autoprune.searching.study import run_study
+from autoprune.searching.trial import Evaluator
 
 RUNS = Path("results/runs")
 """Where run folders are made by default, under the configuration's name."""
@@ -111,7 +112,7 @@ def search(
         plan.bench.store.shrink()
         observer.stage("measuring the dense model")
         plan.bench.teacher("fitness")
-        observer.aim(plan.objective.goals)
+        observer.aim(plan.objective.goals, ledger.trials())
         observer.stage(SEARCHING)
         budget = config.search.budget
         ended = run_study(
@@ -166,7 +167,7 @@ def _tell(plan: Plan, observer: Observer) -> None:
     for site, action, reason in space.refused:
         observer.note(f"{site} cannot take {action}: {reason}")
     free = sum(len(actions) > 1 for actions in space.choices.values())
-    observer.note(f"{free} sites to choose for, {space.policies:.3g} policies")
+    observer.note(f"{free} sites to choose for, 10^{math.log10(space.policies):.0f} policies")
 
 
 def _on_trial(plan: Plan, folder: Path, observer: Observer) -> Callable[[Trial], None]:
@@ -263,11 +264,11 @@ def _record(plan: Plan, winner: Finalist, finals: Mapping[str, Any]) -> dict[str
     """Describe the winner so that it can be exported and applied again."""
     return (
         winner.candidate.policy.to_dict()
-        | origin(plan.bench, winner.reference or plan.reference)
+        | made_for(plan.bench, winner.reference or plan.reference)
         | {
             "trial": winner.candidate.trial,
             "seed": plan.config.search.seed,
-            "text": text_record(plan.bench, plan.config.text, "report"),
+            "text": measured_on(plan.bench, plan.config.text, "report"),
             "figures": {
                 "dense": finals["dense"],
                 "compressed": finals["winner"]["report"],

@@ -6,7 +6,7 @@ from itertools import pairwise
 from autoprune.errors import BudgetError
 from autoprune.hookspecs import hookimpl
 from autoprune.policy import DENSE, Action, Policy, Value, format_value
-from autoprune.search.problem import Problem
+from autoprune.searching.problem import Problem
 
 OFFERED = 0.8
 """Share of the sites with a choice that must offer an action to make it a rival."""

@@ -3,7 +3,7 @@
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 
 from autoprune.hookspecs import hookimpl
-from autoprune.search.samplers import SamplerFactory
+from autoprune.searching.samplers import SamplerFactory
 
 POPULATION = 12
 """Individuals a generation with one objective: some 300 trials are all there is, and

@@ -32,6 +32,7 @@ class Parameter:
         high: Largest value allowed, itself included unless ``open_range``.
         open_range: True if ``low`` and ``high`` themselves are not allowed.
         pattern: True for an ``N:M`` pattern such as ``2:4``: N kept of every M.
+        required: True if every action has to name it.
         help: What it does, in one line.
     """
 
@@ -43,6 +44,7 @@ class Parameter:
     high: float | None = None
     open_range: bool = False
     pattern: bool = False
+    required: bool = False
 
     def check(self, value: Any, method: str) -> Value:
         """Return the value in its kind.
@@ -60,12 +62,10 @@ class Parameter:
         if self.pattern:
             keep_of(value)
         elif self.low is not None and not self._within(value):
-            ends = "between" if self.open_range else "from"
-            raise MethodError(
-                f"{where} lies {ends} {self.low:g} and {self.high:g}, found {value!r}. "
-                f"{self.help}"
-            )
-        return value  # type: ignore[no-any-return]
+            ends = "between {} and {}" if self.open_range else "from {} to {}"
+            span = ends.format(f"{self.low:g}", f"{self.high:g}")
+            raise MethodError(f"{where} lies {span}, found {value!r}. {self.help}")
+        return value
 
     def _within(self, value: float) -> bool:
         assert self.low is not None and self.high is not None
@@ -139,7 +139,7 @@ class CompressionMethod(ABC):
             Every parameter with its value; one left out without a default is None.
 
         Raises:
-            MethodError: If a name is unknown or a value impossible.
+            MethodError: If a name is unknown or missing, or a value impossible.
         """
         known = {parameter.name: parameter for parameter in self.parameters}
         for name in params:
@@ -147,12 +147,18 @@ class CompressionMethod(ABC):
                 raise MethodError(
                     unknown_name(f"parameter of {self.name}", name, known)
                 )
-        return {
+        settings = {
             name: parameter.check(params[name], self.name)
             if name in params
             else parameter.default
             for name, parameter in known.items()
         }
+        for name, parameter in known.items():
+            if parameter.required and name not in params:
+                raise MethodError(
+                    f"{self.name} needs {name}=... in every action. {parameter.help}"
+                )
+        return settings
 
     def refuses(self, layer: Layer, previous: Storage, settings: Settings) -> str | None:
         """Say why this step cannot be done to a layer, or None if it can.

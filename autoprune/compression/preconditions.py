@@ -19,7 +19,7 @@ SPARSITY = Parameter(
 PATTERN = Parameter(
     "pattern", str, None, "N:M, N kept of every M weights of a row.", pattern=True
 )
-BITS = Parameter("bits", int, 4, "Bits of a code.", 2, 8)
+BITS = Parameter("bits", int, None, "Bits of a code.", 2, 8, required=True)
 GROUP = Parameter(
     "group", int, None, "Weights of a row that share a scale; a row if none.", 2, 65536
 )

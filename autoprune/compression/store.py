@@ -136,8 +136,9 @@ class VariantStore:
             total = sum(stat.st_size for stat, _ in files)
             most = self.cap_bytes * (1 if total <= self.cap_bytes else 0.9)
             for stat, path in sorted(files, key=lambda item: item[0].st_mtime_ns):
-                stale = path.suffix == _PART and stat.st_mtime < time.time() - _STALE_S
-                if total - removed > most or stale:
+                being_written = path.suffix == _PART
+                stale = being_written and stat.st_mtime < time.time() - _STALE_S
+                if stale or (total - removed > most and not being_written):
                     path.unlink(missing_ok=True)
                     removed += stat.st_size
         self._since_scan = total - removed
@@ -184,5 +185,6 @@ def _checksum(parts: Mapping[str, Tensor], storage: str) -> str:
     for name in sorted(parts):
         tensor = parts[name].contiguous()
         total.update(f";{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+        if tensor.numel():  # torch cannot view nothing as bytes
+            total.update(tensor.flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -11,6 +11,7 @@ hidden size per token. A policy then costs one product with the head and one
 ``logsumexp``, and no distribution is ever formed; the value is the same.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +20,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from autoprune.errors import ModelError
 from autoprune.models.statistics import matmul_precision
 from autoprune.models.task import Batch, Head, Task, output_layer
 from autoprune.models.text import TokenWindows
 
 CHUNK = 64
 """Positions whose logits exist at a time: 12 MB at 49 k words stay near the cache."""
+
+
+_CHECKED = 16
+_HEAD_AGREEMENT = 0.02
+"""Largest difference of logits, over the largest logit: rounding to bfloat16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +58,8 @@ class Quality:
 
     def kl_error(self) -> float:
         """Standard error of the mean KL over windows; NaN for one window."""
-        return float(self.kl.double().std() / len(self.kl) ** 0.5)
+        count = len(self.kl)
+        return float(self.kl.double().std() / count**0.5) if count > 1 else math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +84,9 @@ class Teacher:
 
     Attributes:
         dense: The dense model's own quality: KL 0, and its loss.
+
+    Raises:
+        ModelError: If the model does more to its logits than the task knows.
     """
 
     def __init__(
@@ -94,6 +105,7 @@ class Teacher:
         self.head = replace(head, weight=head.weight.clone())
         self._head_as = _stamp(model)
         with torch.inference_mode():
+            _check_head(task, model, task.batch(windows.ids[:1, :_CHECKED], tokenizer))
             self._parts = [
                 self._remember(model, task.batch(ids, tokenizer))
                 for ids in torch.split(windows.ids, batch)
@@ -165,6 +177,19 @@ class Teacher:
             torch.stack([x.mean() for x in torch.split(torch.cat(values), counts)])
             for values in (kl, nll)
         )  # type: ignore[return-value]
+
+
+def _check_head(task: Task, model: nn.Module, batch: Batch) -> None:
+    """Hold that the head gives the model's own logits, on a few positions."""
+    expected = model(**batch.inputs).logits[batch.scored].float()
+    found = task.head(model).logits(task.features(model, batch))
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if difference > _HEAD_AGREEMENT:
+        raise ModelError(
+            f"{type(model).__name__} makes its logits in a way that task {task.name!r} "
+            f"does not know: those of its output layer differ by {difference:.1%}. "
+            "Bring a task of your own with the hook register_tasks"
+        )
 
 
 def _logits(head: Head, features: Tensor) -> Iterator[tuple[slice, Tensor]]:

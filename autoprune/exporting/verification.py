@@ -30,10 +30,10 @@ from autoprune.plugins import load_plugins
 TOLERANCE = 1e-3
 """Largest relative difference of the perplexities.
 
-The same weights pass through the same code in the same type, so that on one machine the
-two agree to 1e-6 (measured). The bound leaves room for a figure that was measured on
-another machine, where sums of bfloat16 products are taken in another order: it is the
-difference up to which bfloat16 counts as the same as float32 here.
+The same weights pass through the same code in the same type: on one machine the two
+agree bit for bit (measured). The bound leaves room for a figure that was measured on
+another, which adds bfloat16 products in another order: it is the difference up to which
+bfloat16 counts as the same as float32 here.
 """
 
 _CHUNK = 64

@@ -49,8 +49,8 @@ def model_card(about: Mapping[str, Any]) -> str:
     source = str(model.get("source", "an unknown model"))
     parts = [
         _head(source, model.get("licence")),
-        f"# {source}, compressed with AutoPrune",
-        _opening(about, source),
+        f"# {_shown(source)}, compressed with AutoPrune",
+        _opening(about, _shown(source)),
         "## What was done",
         _actions(about.get("summary", [])),
         "## Figures",
@@ -73,6 +73,12 @@ def _head(source: str, licence: str | None) -> str:
     if _HUB_ID.fullmatch(source):
         head["base_model"] = source
     return f"---\n{yaml.safe_dump(head, sort_keys=True)}---"
+
+
+def _shown(source: str) -> str:
+    """Leave out where on somebody's disk a model was."""
+    is_id = _HUB_ID.fullmatch(source)
+    return source if is_id else source.rstrip("/\\").replace("\\", "/").split("/")[-1]
 
 
 def _opening(about: Mapping[str, Any], source: str) -> str:

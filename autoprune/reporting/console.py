@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from autoprune.reporting.observer import SEARCHING, Observer
 from autoprune.reporting.tables import duration, value
@@ -42,14 +42,13 @@ class ConsoleObserver(Observer):
         self._first: tuple[float, int] | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[text]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=None, left="", visible=False)
+        self._task: TaskID | None = None
 
     def __enter__(self) -> "ConsoleObserver":
         self._progress.start()
@@ -65,8 +64,7 @@ class ConsoleObserver(Observer):
         self.current = name
         self._began = self._told = time.monotonic()
         self._done, self._total, self._first = 0, None, None
-        self._progress.reset(self._task, description=name, total=None, visible=True)
-        self._progress.update(self._task, left="")
+        self._task = self._progress.add_task(name, total=None, text="")
 
     def advance(self, done: int, total: int | None) -> None:
         """Move the bar; where there is none, write a line from time to time."""
@@ -74,13 +72,15 @@ class ConsoleObserver(Observer):
         self._done, self._total = done, total
         self._first = self._first or (now, done)
         left = self.left_s()
-        text = "" if left is None else f"{duration(left)} left"
-        text = ", ".join(part for part in (text, self._best_text()) if part)
-        self._progress.update(self._task, completed=done, total=total, left=text)
+        parts = [f"{done}" if total is None else f"{done}/{total}"]
+        parts += [] if left is None else [f"{duration(left)} left"]
+        parts += [self._best_text()] if self._best_text() else []
+        text = ", ".join(parts)
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total, text=text)
         if self._progress.disable and now - self._told >= PLAIN_EVERY_S:
             self._told = now
-            of = "" if total is None else f" of {total}"
-            self._print(f"  {self.current}: {done}{of}{text and ', '}{text}")
+            self._print(f"  {self.current}: {text}")
 
     def left_s(self) -> float | None:
         """Estimate the seconds left of the stage; None where nobody can know.
@@ -95,22 +95,28 @@ class ConsoleObserver(Observer):
             ends.append(max(0.0, self._deadline - now))
         return min(ends, default=None)
 
-    def aim(self, goals: Sequence[tuple[str, str]]) -> None:
+    def aim(self, goals: Sequence[tuple[str, str]], trials: Sequence[Any] = ()) -> None:
         """Remember what is wanted, to tell which trial is the best."""
         self._goals = goals
+        for row in trials:
+            self._compare(row)
 
     def trial(self, row: Any) -> None:
         """Keep the trial if it is the best so far."""
-        if len(self._goals) == 1 and row.feasible:
-            sign = 1 if self._goals[0][1] == "minimize" else -1
-            if self._best is None or sign * row.values[0] < sign * self._best.values[0]:
-                self._best = row
+        self._compare(row)
         if row.error:
             self.note(f"trial {row.number} failed: {row.error}")
 
     def note(self, text: str) -> None:
         """Write a line above the bar."""
         self._print(f"  {text}")
+
+    def _compare(self, row: Any) -> None:
+        if len(self._goals) != 1 or not row.feasible:
+            return  # of several metrics no one trial is the best
+        sign = 1 if self._goals[0][1] == "minimize" else -1
+        if self._best is None or sign * row.values[0] < sign * self._best.values[0]:
+            self._best = row
 
     def _best_text(self) -> str:
         if self._best is None or self.current != SEARCHING:
@@ -127,7 +133,9 @@ class ConsoleObserver(Observer):
         parts = [f"{self.current}: {took}", best and f"best {best}", how]
         self._print(", ".join(part for part in parts if part))
         self.current = None
-        self._progress.update(self._task, visible=False)
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -23,8 +23,13 @@ class Observer:
     def advance(self, done: int, total: int | None) -> None:
         """Hear how far the stage is; ``total`` is None where nobody knows."""
 
-    def aim(self, goals: Sequence[tuple[str, str]]) -> None:
-        """Hear which metrics are wanted, each with its direction, before trials."""
+    def aim(self, goals: Sequence[tuple[str, str]], trials: Sequence[Any] = ()) -> None:
+        """Hear which metrics are wanted, each with its direction, before trials.
+
+        Args:
+            goals: Metric and direction.
+            trials: What a run that goes on has already.
+        """
 
     def trial(self, row: Any) -> None:
         """Hear of a finished trial, after its row is on disk."""

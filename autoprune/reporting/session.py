@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -114,3 +114,20 @@ def tell_exports(reports: Sequence[Any], *, as_json: bool) -> None:
     from autoprune.reporting import tables
 
     write(reports, *tables.exports_parts(reports), as_json=as_json)
+
+
+def tell_plugins(records: Iterable[Any], *, as_json: bool) -> None:
+    """Write what became of each plugin."""
+    from autoprune.reporting import tables
+
+    known = list(records)
+    write(known, tables.plugins_table(known), as_json=as_json)
+
+
+def tell_methods(methods: Iterable[Any], *, as_json: bool) -> None:
+    """Write what methods there are."""
+    from autoprune.reporting import machine, tables
+
+    known = sorted(methods, key=lambda method: str(method.name))
+    data = machine.methods_data(known)
+    write(data, tables.methods_table(known), as_json=as_json)

@@ -10,10 +10,10 @@ from typing import Any
 from autoprune.config import RunConfig
 from autoprune.errors import RunError
 from autoprune.plugins import load_plugins
-from autoprune.search.formulate import goals_of
-from autoprune.search.ledger import Ledger
-from autoprune.search.objective import Direction, Objective, front
-from autoprune.search.rows import Trial
+from autoprune.searching.formulate import front_goals, goals_of
+from autoprune.searching.ledger import Ledger
+from autoprune.searching.objective import Direction, Objective, front_in
+from autoprune.searching.rows import Trial
 
 CONFIG = "config.yaml"
 FINALS = "finals.json"
@@ -30,7 +30,9 @@ class RunStatus:
         run_dir: The run folder.
         goals: The metrics wanted, each with its direction.
         trials: All trials.
-        leaders: The front where several metrics are wanted, else the best trials.
+        best: The best trials where one metric is wanted, the best first; else none.
+        front: Trials that no other beats in what is wanted; where that is one metric,
+            in size and divergence.
         wanted: Trials that the run shall have; None if time alone ends it.
         finals: The last choice, as in ``finals.json``; empty before it is made.
     """
@@ -38,7 +40,8 @@ class RunStatus:
     run_dir: Path
     goals: tuple[tuple[str, Direction], ...]
     trials: Sequence[Trial]
-    leaders: Sequence[Trial]
+    best: Sequence[Trial]
+    front: Sequence[Trial]
     wanted: int | None
     finals: Mapping[str, Any]
 
@@ -56,15 +59,16 @@ class RunStatus:
         config = RunConfig.from_yaml(run_dir / CONFIG)
         metrics = load_plugins(config.plugins).objects["metrics"]
         goals = goals_of(metrics, config.objective)
-        leaders = front(trials, Objective(goals))
+        best: list[Trial] = []
         if len(goals) == 1:
-            costs = Objective(goals).costs
-            leaders = sorted((t for t in trials if t.feasible), key=costs)[:SHOWN]
+            feasible = [trial for trial in trials if trial.feasible]
+            best = sorted(feasible, key=Objective(goals).costs)[:SHOWN]
         return cls(
             run_dir,
             goals,
             trials,
-            leaders,
+            best,
+            front_in(trials, front_goals(goals)),
             config.search.trials,
             _finals(run_dir / FINALS),
         )
@@ -98,17 +102,19 @@ class RunStatus:
             "mean_trial_s": self.mean_trial_s,
             "left_s": self.left_s,
             "last_finished": self.trials[-1].finished if self.trials else None,
-            "leaders": [
-                {
-                    "trial": trial.number,
-                    "origin": trial.origin,
-                    "metrics": dict(trial.metrics),
-                    "policy": trial.policy.to_dict(),
-                }
-                for trial in self.leaders
-            ],
+            "best": [_trial(trial) for trial in self.best],
+            "front": [_trial(trial) for trial in self.front],
             "finals": dict(self.finals),
         }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "trial": trial.number,
+        "origin": trial.origin,
+        "metrics": dict(trial.metrics),
+        "policy": trial.policy.to_dict(),
+    }
 
 
 def _finals(path: Path) -> dict[str, Any]:

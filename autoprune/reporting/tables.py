@@ -6,6 +6,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from autoprune.policy import format_value
 from autoprune.reporting.status import RunStatus
 
 FIGURES = ("kl", "perplexity", "size_bytes", "compression_ratio")
@@ -33,16 +34,22 @@ def value(name: str, number: float) -> str:
         return f"{number:.0f} B"
     if name.endswith("_ratio"):
         return f"{number:.2f}x"
-    return f"{number:.4g}"
+    if 1e4 <= abs(number) < 1e9:
+        return f"{number:.0f}"
+    if abs(number) < 1e-7:  # rounding of a divergence that is none
+        return "0"
+    return f"{number:#.4g}"
 
 
 def duration(seconds: float) -> str:
     """Write a time span for people.
 
     Example:
-        >>> [duration(seconds) for seconds in (4.26, 75, 3700)]
-        ['4.3 s', '1 min 15 s', '1 h 01 min']
+        >>> [duration(seconds) for seconds in (0.0351, 4.26, 75, 3700)]
+        ['35 ms', '4.3 s', '1 min 15 s', '1 h 01 min']
     """
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -63,11 +70,14 @@ def status_parts(status: RunStatus) -> list[str | Table]:
         pace = f"{duration(status.mean_trial_s)} a trial"
         if status.left_s:
             pace += f", {duration(status.left_s)} left at that pace"
-        parts.append(f"{pace}; the last ended {status.trials[-1].finished}")
-    if status.leaders:
-        title = "Best trials" if len(status.goals) == 1 else "Front"
-        goals = [name for name, _ in status.goals]
-        parts.append(trials_table(status.leaders, goals, title=title))
+        ended = status.trials[-1].finished[:19].replace("T", " ")
+        parts.append(f"{pace}; the last ended {ended} UTC")
+    goals = [name for name, _ in status.goals]
+    if status.best:
+        parts.append(trials_table(status.best, goals, title="Best trials"))
+    if status.front:
+        title = "Front: trials that no other beats"
+        parts.append(trials_table(status.front, goals, title=title))
     if status.finals:
         parts.append(finals_table(status.finals))
     return parts
@@ -82,13 +92,17 @@ def search_parts(result: Any) -> list[str | Table]:
     count = f"{len(result.trials)} trials, in {result.run_dir}"
     if result.ended == "stopped":
         return [f"Stopped after {count}. The same command goes on from there."]
-    return [finals_table(result.finals), f"Ended after {count} ({_ENDS[result.ended]})"]
+    return [
+        finals_table(result.finals),
+        f"Ended after {count} ({_ENDS[result.ended]}).",
+        f"To export the winner: autoprune export {result.run_dir}",
+    ]
 
 
 _ENDS = {
     "trials": "as many as wanted",
     "time": "the time is used up",
-    "exhausted": "the space holds no other policy within the budgets",
+    "exhausted": "nothing new is left within the budgets",
 }
 """Why a search ended, for people."""
 
@@ -188,14 +202,12 @@ def exports_table(reports: Iterable[Any]) -> Table:
     table = _table("Exported, and verified in a fresh process")
     for heading in ("target", "size", "perplexity", "loaded again"):
         table.add_column(heading, justify="left" if heading == "target" else "right")
-    table.add_column("folder", ratio=1, overflow="fold")
     for report in reports:
         table.add_row(
             report.target,
             value("size_bytes", report.size_bytes),
             value("perplexity", report.metrics["perplexity"]),
             value("perplexity", report.verified.perplexity),
-            str(report.folder),
         )
     return table
 
@@ -207,12 +219,14 @@ def plugins_table(records: Iterable[Any]) -> Table:
     table.add_column("package")
     table.add_column("registers", ratio=1, overflow="fold")
     for record in records:
-        hooks = [hook for hook in record.hooks if not hook.startswith("register_")]
-        what = ", ".join([*record.objects, *hooks])
-        if record.error:
-            table.add_row(record.name, record.distribution, record.error, style="red")
-        else:
-            table.add_row(record.name, record.distribution, what)
+        kinds: dict[str, list[str]] = {}
+        for item in record.objects:
+            kind, _, name = item.partition(":")
+            kinds.setdefault(kind.replace("_", " "), []).append(name)
+        lines = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items()]
+        lines += [hook for hook in record.hooks if not hook.startswith("register_")]
+        what, style = record.error or "\n".join(lines), "red" if record.error else ""
+        table.add_row(record.name, record.distribution, what, style=style)
     return table
 
 
@@ -220,9 +234,9 @@ def methods_table(methods: Iterable[Any]) -> Table:
     """Make a table of methods: parameters, the statistics they need, the paper."""
     table = _table("Methods")
     table.add_column("method")
-    table.add_column("parameters", ratio=3)
-    table.add_column("needs", ratio=2)
-    table.add_column("paper", ratio=2)
+    table.add_column("parameters")
+    table.add_column("needs")
+    table.add_column("paper", ratio=1)
     for method in methods:
         lines = "\n".join(parameter_text(one) for one in method.parameters)
         needs = ", ".join(sorted(method.needs)) or "nothing"
@@ -231,19 +245,24 @@ def methods_table(methods: Iterable[Any]) -> Table:
 
 
 def parameter_text(parameter: Any) -> str:
-    """Write a parameter as ``bits: int, 2 to 8, default 4``."""
-    text = f"{parameter.name}: {parameter.kind.__name__}"
+    """Write a parameter with default and range: ``bits = 4 (2 to 8)``."""
+    what = "N:M" if parameter.pattern else _KINDS[parameter.kind]
     if parameter.low is not None:
         joint = "between {:g} and {:g}" if parameter.open_range else "{:g} to {:g}"
-        text += ", " + joint.format(parameter.low, parameter.high)
-    if parameter.default is not None:
-        text += f", default {parameter.default}"
-    return text
+        what = joint.format(parameter.low, parameter.high)
+    if parameter.default is None:
+        return f"{parameter.name}: {what}"
+    if parameter.kind is bool:
+        return f"{parameter.name} = {format_value(parameter.default)}"
+    return f"{parameter.name} = {format_value(parameter.default)} ({what})"
+
+
+_KINDS = {int: "whole number", float: "number", bool: "true or false", str: "word"}
 
 
 def _heading(name: str) -> str:
-    """Shorten a metric's name to its unit-less words, one a line."""
-    return name.removesuffix("_bytes").replace("_", "\n")
+    """Shorten a metric's name; the unit stands in the cells."""
+    return name.removesuffix("_bytes").removeprefix("compression_").replace("_", "\n")
 
 
 def _table(title: str) -> Table:

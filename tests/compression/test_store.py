@@ -1,4 +1,4 @@
-"""Variants survive the disk; damage is found, the cap holds, processes share a folder."""
+"""Variants survive the disk; damage is found, the cap holds, processes share it."""
 
 import logging
 import os

@@ -204,7 +204,7 @@ def test_a_wrong_size_fails_loudly(case: Case, write: Write, tmp_path: Path) -> 
     size = Packed().size_bytes(case.job.storages, case.untouched)
     with pytest.raises(
         ExportError,
-        match=rf"out.export.failed have {size} bytes.*'packed' had predicted 5\. .*failed",
+        match=rf"export.failed have {size} bytes.*'packed' had predicted 5\. .*failed",
     ):
         write(size_bytes=5)
     assert names(tmp_path / "out") == {"export.failed"}

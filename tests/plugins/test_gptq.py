@@ -88,7 +88,7 @@ def test_settings_of_every_kind_come_back_in_order() -> None:
 
 def test_layers_of_two_types_keep_their_own() -> None:
     sources = [tiny_source(), tiny_source(name="other", dtype=torch.float32)]
-    made = METHOD.compress(sources, tiny_statistics(), [METHOD.check({})])
+    made = METHOD.compress(sources, tiny_statistics(), [METHOD.check({"bits": 4})])
     assert [variants[0].storage.dtype for variants in made] == ["bfloat16", "float32"]
 
 
@@ -108,13 +108,13 @@ def test_impossible_parameters_are_named(params: dict[str, Value], match: str) -
 def test_refusals_say_why() -> None:
     layer = tiny_source().layer
     dense = Storage.dense(layer)
-    reason = METHOD.refuses(layer, dense, METHOD.check({"group": 24}))
+    reason = METHOD.refuses(layer, dense, METHOD.check({"bits": 4, "group": 24}))
     assert reason == "group 24 does not divide its 32 inputs"
     quantized = dense.quantized(4, None, symmetric=False)
-    reason = METHOD.refuses(layer, quantized, METHOD.check({}))
+    reason = METHOD.refuses(layer, quantized, METHOD.check({"bits": 4}))
     assert reason == "already quantized to 4 bits: quantize once"
     layer = Layer("embed", (8, 32), "float32", block=None, role="e", input=None)
-    reason = METHOD.refuses(layer, dense, METHOD.check({}))
+    reason = METHOD.refuses(layer, dense, METHOD.check({"bits": 4}))
     assert reason == "it has no inputs to take statistics of: use magnitude or rtn"
 
 
@@ -133,4 +133,4 @@ def test_unusable_statistics_are_named(
 ) -> None:
     statistics = InputStatistics(1, None, hessian)
     with pytest.raises(MethodError, match=match):
-        METHOD.compress([tiny_source()], statistics, [METHOD.check({})])
+        METHOD.compress([tiny_source()], statistics, [METHOD.check({"bits": 4})])

@@ -3,10 +3,10 @@ import pytest
 from autoprune_plugins.proposals import propose_policies
 
 from autoprune.policy import DENSE, Action, Layer, Site
-from autoprune.search.budget import Budget, Prices
-from autoprune.search.problem import Problem
-from autoprune.search.projection import SLACK
-from autoprune.search.space import SearchSpace
+from autoprune.searching.budget import Budget, Prices
+from autoprune.searching.problem import Problem
+from autoprune.searching.projection import SLACK
+from autoprune.searching.space import SearchSpace
 
 BITS = {
     "dense": 16.0,

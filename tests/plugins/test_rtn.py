@@ -84,13 +84,13 @@ def test_impossible_parameters_are_named(params: dict[str, Value], match: str) -
 
 def test_groups_that_do_not_divide_are_refused() -> None:
     layer = Layer("q", (2, 576), "bfloat16", block=0, role="q", input=None)
-    settings = METHOD.check({"group": 128})
+    settings = METHOD.check({"bits": 4, "group": 128})
     reason = METHOD.refuses(layer, Storage.dense(layer), settings)
     assert reason == "group 128 does not divide its 576 inputs"
-    assert METHOD.refuses(layer, Storage.dense(layer), METHOD.check({})) is None
+    assert METHOD.refuses(layer, Storage.dense(layer), METHOD.check({"bits": 4})) is None
 
 
 def test_a_second_quantization_is_refused() -> None:
     quantized = Storage.dense(LAYER).quantized(3, None, symmetric=True)
-    reason = METHOD.refuses(LAYER, quantized, METHOD.check({}))
+    reason = METHOD.refuses(LAYER, quantized, METHOD.check({"bits": 4}))
     assert reason == "already quantized to 3 bits: quantize once"

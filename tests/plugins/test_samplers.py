@@ -4,12 +4,12 @@ import pytest
 from autoprune_plugins.samplers import register_samplers
 
 from autoprune.policy import Action, Layer, Policy, Site
-from autoprune.search.budget import Budget, Prices
-from autoprune.search.ledger import Ledger
-from autoprune.search.objective import Objective, best, front
-from autoprune.search.problem import Problem
-from autoprune.search.space import SearchSpace
-from autoprune.search.study import run_study
+from autoprune.searching.budget import Budget, Prices
+from autoprune.searching.ledger import Ledger
+from autoprune.searching.objective import Objective, best, front
+from autoprune.searching.problem import Problem
+from autoprune.searching.space import SearchSpace
+from autoprune.searching.study import run_study
 
 FACTORIES = {factory.name: factory for factory in register_samplers()}
 LEVELS = 6

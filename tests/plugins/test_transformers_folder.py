@@ -1,4 +1,4 @@
-"""The target ``transformers``: a folder that plain transformers opens, sized exactly."""
+"""The target ``transformers``: plain transformers opens it, and its size is known."""
 
 import json
 from pathlib import Path

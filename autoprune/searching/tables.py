@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from autoprune.errors import RunError
-from autoprune.search.rows import Trial
+from autoprune.searching.rows import Trial
 
 COLUMNS = ["number", "state", "origin", "feasible", "seed", "started", "finished"]
 """What a table has before there is a trial."""

@@ -3,7 +3,7 @@ import pytest
 
 from autoprune.errors import ConfigError, PolicyError
 from autoprune.policy import DENSE, Action, Policy
-from autoprune.search.space import SearchSpace, build_space
+from autoprune.searching.space import SearchSpace, build_space
 
 HALF = Action.parse("wanda(sparsity=0.5)")
 MOST = Action.parse("wanda(sparsity=0.8)")

@@ -4,8 +4,8 @@ import pytest
 
 from autoprune.errors import ConfigError
 from autoprune.policy import Policy
-from autoprune.search.objective import WORST, Limit, Objective, best, front
-from autoprune.search.rows import Trial
+from autoprune.searching.objective import WORST, Limit, Objective, best, front
+from autoprune.searching.rows import Trial
 
 KL = Objective((("kl", "minimize"),))
 BOTH = Objective((("kl", "minimize"), ("reward", "maximize")))

@@ -1,4 +1,4 @@
-from autoprune.search.fingerprint import differences
+from autoprune.searching.fingerprint import differences
 
 
 def test_equal_fingerprints_have_no_differences():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from autoprune.policy import Action, Layer, Site
-from autoprune.search.budget import Budget, Prices
-from autoprune.search.problem import Problem
-from autoprune.search.space import SearchSpace
+from autoprune.searching.budget import Budget, Prices
+from autoprune.searching.problem import Problem
+from autoprune.searching.space import SearchSpace
 
 
 def make_sites(count: int) -> tuple[Site, ...]:

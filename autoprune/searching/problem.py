@@ -7,9 +7,9 @@ import numpy as np
 
 from autoprune.errors import ConfigError
 from autoprune.policy import Policy
-from autoprune.search.budget import Budget, Prices, prices_of
-from autoprune.search.projection import Projection
-from autoprune.search.space import SearchSpace
+from autoprune.searching.budget import Budget, Prices, prices_of
+from autoprune.searching.projection import Projection
+from autoprune.searching.space import SearchSpace
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,15 +3,15 @@ import optuna
 import pytest
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 
-from autoprune.search.problem import Problem
-from autoprune.search.projection import SLACK
-from autoprune.search.samplers import (
+from autoprune.searching.problem import Problem
+from autoprune.searching.projection import SLACK
+from autoprune.searching.samplers import (
     BudgetedSampler,
     ExhaustedError,
     SamplerFactory,
     derive_seed,
 )
-from autoprune.search.space import SearchSpace
+from autoprune.searching.space import SearchSpace
 
 
 class FirstSite(BaseSampler):

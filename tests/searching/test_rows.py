@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from autoprune.policy import Policy
-from autoprune.search.rows import Trial, to_row, utc_now
+from autoprune.searching.rows import Trial, to_row, utc_now
 
 
 def make_trial(**changes):

@@ -2,8 +2,8 @@ import pytest
 
 from autoprune.errors import RunError
 from autoprune.policy import Policy
-from autoprune.search.rows import Trial
-from autoprune.search.tables import COLUMNS, frame_of, write_tables
+from autoprune.searching.rows import Trial
+from autoprune.searching.tables import COLUMNS, frame_of, write_tables
 
 TRIAL = Trial(
     number=0,

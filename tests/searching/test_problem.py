@@ -2,7 +2,7 @@ import pytest
 
 from autoprune.errors import BudgetError, ConfigError
 from autoprune.policy import Action, Policy
-from autoprune.search.projection import SLACK
+from autoprune.searching.projection import SLACK
 
 
 def uniform(problem, sparsity):

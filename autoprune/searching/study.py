@@ -12,11 +12,11 @@ from optuna.trial import TrialState
 
 from autoprune.errors import RunError
 from autoprune.policy import Policy
-from autoprune.search.ledger import Ledger
-from autoprune.search.objective import WORST, Measurement, Objective
-from autoprune.search.problem import Problem
-from autoprune.search.rows import State, Trial, utc_now
-from autoprune.search.samplers import (
+from autoprune.searching.ledger import Ledger
+from autoprune.searching.objective import WORST, Measurement, Objective
+from autoprune.searching.problem import Problem
+from autoprune.searching.rows import State, Trial, utc_now
+from autoprune.searching.samplers import (
     BudgetedSampler,
     ExhaustedError,
     SamplerFactory,
@@ -123,6 +123,8 @@ class _Search:
         }
         self._failed: list[Exception] = []
         self._walls: list[float] = []
+        # Optuna tells of every study and trial; the run has its own voice.
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._sampler = BudgetedSampler(
             problem,
             factory,
@@ -131,8 +133,6 @@ class _Search:
             spread=_spread(problem, objective),
         )
         self._storage = optuna.storages.InMemoryStorage()
-        # Optuna tells of every study and trial; the run has its own voice.
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
             storage=self._storage,
             sampler=self._sampler,

@@ -12,8 +12,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from autoprune.errors import BudgetError
-from autoprune.search.budget import Budget, Prices, prices_of
-from autoprune.search.space import SearchSpace
+from autoprune.searching.budget import Budget, Prices, prices_of
+from autoprune.searching.space import SearchSpace
 
 SLACK = 0.002
 """Share of the first budget that may stay unused where the options allow less."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from autoprune.errors import ConfigError
-from autoprune.search.budget import Budget, Prices, prices_of
+from autoprune.searching.budget import Budget, Prices, prices_of
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan"), float("inf")])

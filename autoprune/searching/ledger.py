@@ -17,9 +17,9 @@ import filelock
 import pandas as pd
 
 from autoprune.errors import RunError
-from autoprune.search.fingerprint import differences
-from autoprune.search.rows import Trial, from_row, to_row, utc_now
-from autoprune.search.tables import frame_of, write_tables
+from autoprune.searching.fingerprint import differences
+from autoprune.searching.rows import Trial, from_row, to_row, utc_now
+from autoprune.searching.tables import frame_of, write_tables
 
 FILE = "ledger.sqlite"
 LOCK = ".lock"

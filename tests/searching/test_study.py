@@ -7,11 +7,11 @@ import pytest
 
 from autoprune.errors import ConfigError, MethodError, PolicyError, RunError
 from autoprune.policy import Action, Policy
-from autoprune.search.ledger import Ledger
-from autoprune.search.objective import Limit, Objective
-from autoprune.search.rows import Trial
-from autoprune.search.samplers import SamplerFactory, derive_seed
-from autoprune.search.study import run_study
+from autoprune.searching.ledger import Ledger
+from autoprune.searching.objective import Limit, Objective
+from autoprune.searching.rows import Trial
+from autoprune.searching.samplers import SamplerFactory, derive_seed
+from autoprune.searching.study import run_study
 
 KL = Objective((("kl", "minimize"),))
 BOTH = Objective((("kl", "minimize"), ("size_bytes", "minimize")))

@@ -15,11 +15,11 @@ from autoprune.errors import (
 from autoprune.evaluation.metric import Evidence, Metric
 from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Action, Layer, Policy
-from autoprune.search.budget import Budget, Prices
-from autoprune.search.objective import Direction, Objective
-from autoprune.search.objective import Limit as Bound
-from autoprune.search.problem import Problem
-from autoprune.search.space import Refuses, SearchSpace, build_space
+from autoprune.searching.budget import Budget, Prices
+from autoprune.searching.objective import Direction, Objective
+from autoprune.searching.objective import Limit as Bound
+from autoprune.searching.problem import Problem
+from autoprune.searching.space import Refuses, SearchSpace, build_space
 
 SIZE = "size_bytes"
 """The budget that is filled up; its prices are always known."""
@@ -163,3 +163,10 @@ def goals_of(
         if name not in metrics:
             raise ConfigError(unknown_name("metric", name, metrics))
     return tuple((name, metrics[name].direction) for name in names)
+
+
+def front_goals(
+    goals: tuple[tuple[str, Direction], ...],
+) -> tuple[tuple[str, Direction], ...]:
+    """Name the metrics of the front: those wanted, or size against divergence."""
+    return goals if len(goals) > 1 else ((SIZE, "minimize"), ("kl", "minimize"))

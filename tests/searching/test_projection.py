@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from autoprune.errors import BudgetError, ConfigError
-from autoprune.search.budget import Budget, Prices
-from autoprune.search.projection import SLACK, Projection
+from autoprune.searching.budget import Budget, Prices
+from autoprune.searching.projection import SLACK, Projection
 
 
 def projection_of(problem, limit):

@@ -15,9 +15,9 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from autoprune.errors import RunError
-from autoprune.search.budget import Budget, prices_of
-from autoprune.search.problem import Problem
-from autoprune.search.projection import Projection
+from autoprune.searching.budget import Budget, prices_of
+from autoprune.searching.problem import Problem
+from autoprune.searching.projection import Projection
 
 ATTEMPTS = 96
 """Changes tried on a proposal that stands in the study, before none is believed new."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from autoprune.errors import ConfigError, unknown_name
-from autoprune.search.space import SearchSpace
+from autoprune.searching.space import SearchSpace
 
 
 @dataclass(frozen=True, slots=True)

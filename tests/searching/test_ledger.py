@@ -9,8 +9,8 @@ import pytest
 
 from autoprune.errors import RunError
 from autoprune.policy import Policy
-from autoprune.search.ledger import FILE, Ledger
-from autoprune.search.rows import Trial
+from autoprune.searching.ledger import FILE, Ledger
+from autoprune.searching.rows import Trial
 
 MADE = {"space": "ab12", "plugins": {"wanda": "1"}}
 
@@ -74,7 +74,7 @@ def test_second_run_in_a_folder_is_refused_and_told_who_is_first(tmp_path):
 
 def test_other_process_is_refused_too_and_its_death_frees_the_folder(tmp_path):
     program = (
-        "import sys, pathlib; from autoprune.search.ledger import Ledger; "
+        "import sys, pathlib; from autoprune.searching.ledger import Ledger; "
         "ledger = Ledger.open(pathlib.Path(sys.argv[1]), {'space': 'ab12', "
         "'plugins': {'wanda': '1'}}); print('open', flush=True); sys.stdin.read()"
     )

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from autoprune.errors import ConfigError, unknown_name
-from autoprune.search.rows import Trial
+from autoprune.searching.rows import Trial
 
 Direction = Literal["minimize", "maximize"]
 

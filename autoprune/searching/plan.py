@@ -13,10 +13,10 @@ from autoprune.evaluation.reward import Reward
 from autoprune.evaluation.workbench import Measured, Workbench
 from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
-from autoprune.search.formulate import SIZE, formulate, make_objective
-from autoprune.search.objective import Direction, Objective
-from autoprune.search.problem import Problem
-from autoprune.search.study import Proposal
+from autoprune.searching.formulate import SIZE, formulate, front_goals, make_objective
+from autoprune.searching.objective import Direction, Objective
+from autoprune.searching.problem import Problem
+from autoprune.searching.study import Proposal
 
 DEFAULT_REWARD = "logs"
 """Decides where no metric and no budget is named, and picks from a Pareto front."""
@@ -131,8 +131,7 @@ class Plan:
     @property
     def front_goals(self) -> tuple[tuple[str, Direction], ...]:
         """The metrics of the front: the objective's, or size against divergence."""
-        goals = self.objective.goals
-        return goals if len(goals) > 1 else ((SIZE, "minimize"), ("kl", "minimize"))
+        return front_goals(self.objective.goals)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -1,0 +1,447 @@
+"""Variants are made once, from the right inputs, and put where they belong."""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from autoprune_plugins.architectures import register_architectures
+from tiny_models import tiny
+from torch import Tensor, nn
+from toy_methods import Columns, Round, Toy, toys
+from transformers import LlamaForCausalLM
+
+from autoprune.compression.actions import Actions
+from autoprune.compression.apply import StitchedModel
+from autoprune.compression.bank import VariantBank
+from autoprune.compression.method import Settings, Source
+from autoprune.compression.storage import Storage
+from autoprune.compression.store import VariantStore
+from autoprune.compression.variant import Variant
+from autoprune.errors import MethodError, PluginError, StoreError
+from autoprune.models.layers import inventory, read_weight
+from autoprune.models.statistics import InputStatistics
+from autoprune.models.text import TokenWindows
+from autoprune.policy import DENSE, Action, Layer
+
+EARLY, NORM, CURVE = map(
+    Action.parse, ("early(keep=8)", "norm(keep=8)", "curve(keep=8)")
+)
+ROUND = Action.parse("round(bits=4)")
+BOTH = Action.parse("round + norm(keep=8)")
+
+
+def windows(seed: int = 0) -> TokenWindows:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 60, (5, 12), generator=generator)
+    return TokenWindows(ids, "statistics", "test", f"{seed:016x}")
+
+
+class Bench:
+    """Opens banks of one model and one folder."""
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        self.model = model
+        self.found = inventory(model, register_architectures())
+        self.layers = [layer for layer in self.found.layers if layer.block is not None]
+        self.stitched = StitchedModel(model, self.found.layers)
+        self.toys = toys()
+        self.store = VariantStore(folder, 10**9)
+
+    def bank(
+        self,
+        reference: Mapping[Layer, Action] | None = None,
+        *,
+        seed: int = 0,
+        revision: str = "r1",
+    ) -> VariantBank:
+        return VariantBank(
+            self.stitched,
+            self.found,
+            Actions(self.toys),
+            self.store,
+            windows(seed),
+            revision,
+            reference or {},
+            batch=2,
+        )
+
+    def calls(self, name: str) -> int:
+        return len(self.toys[name].calls)
+
+    def layer(self, end: str) -> Layer:
+        return next(layer for layer in self.layers if layer.name.endswith(end))
+
+
+@pytest.fixture
+def bench(tiny_model: LlamaForCausalLM, tmp_path: Path) -> Bench:
+    return Bench(tiny_model, tmp_path)
+
+
+def same(one: Variant, other: Variant) -> bool:
+    return one.storage == other.storage and torch.equal(one.weight, other.weight)
+
+
+def inputs_of(model: nn.Module, layer: Layer) -> Tensor:
+    """Catch what a layer reads in ordinary forward passes."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(layer.name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].flatten(0, -2))
+    )
+    for ids in windows().ids.split(2):
+        model(ids)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def kept_columns(variant: Variant) -> list[int]:
+    assert variant.mask is not None
+    return variant.mask[0].nonzero()[:, 0].tolist()
+
+
+def best_columns(inputs: Tensor, keep: int = 8) -> list[int]:
+    return sorted(inputs.float().square().sum(0).topk(keep).indices.tolist())
+
+
+def test_dense_is_the_weight_that_was_loaded(bench: Bench) -> None:
+    bank, layer = bench.bank(), bench.layers[0]
+    before = read_weight(bench.model, layer).clone()
+    bank.put({layer: EARLY})
+    assert torch.equal(bank.get(layer, DENSE).weight, before)
+    assert bank.get(layer, DENSE).storage == Storage.dense(layer)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bert"])
+def test_statistics_are_those_of_what_the_layers_read(
+    kind: str, tmp_path: Path
+) -> None:
+    bench = Bench(tiny(kind), tmp_path)
+    bank = bench.bank()
+    pairs = [(layer, action) for layer in bench.layers for action in (NORM, CURVE)]
+    assert bank.make(pairs) == len(pairs)
+    for layer, action in pairs:
+        expected = best_columns(inputs_of(bench.model, layer))
+        assert kept_columns(bank.get(layer, action)) == expected
+    assert {call.tokens for call in bench.toys["norm"].calls} == {60}
+
+
+def test_an_expert_is_made_from_the_tokens_that_it_gets(tmp_path: Path) -> None:
+    bench = Bench(tiny("mixtral"), tmp_path)
+    bank = bench.bank()
+    experts = [layer for layer in bench.layers if "gate_up" in layer.name]
+    bank.make([(layer, NORM) for layer in experts])
+    calls = bench.toys["norm"].calls
+    assert [call.layers for call in calls] == [[layer.name] for layer in experts]
+    for block in (0, 1):  # each token goes to 2 of 4 experts
+        assert sum(call.tokens for call in calls[4 * block : 4 * block + 4]) == 120
+    assert all(0 < call.tokens < 60 for call in calls)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "gpt_oss", "gemma3"])
+def test_a_policy_is_put_and_taken_off_again(kind: str, tmp_path: Path) -> None:
+    bench = Bench(tiny(kind), tmp_path)
+    before = {name: t.clone() for name, t in bench.model.state_dict().items()}
+    bank = bench.bank()
+    wanted = {la: NORM if i % 2 else EARLY for i, la in enumerate(bench.layers)}
+    assert bank.put(wanted) == len(wanted)
+    for layer, action in wanted.items():
+        assert torch.equal(
+            read_weight(bench.model, layer), bank.get(layer, action).weight
+        )
+    assert bank.put({}) == len(wanted)
+    after = bench.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_only_changed_layers_are_rewritten(bench: Bench) -> None:
+    bank, (first, second, third) = bench.bank(), bench.layers[:3]
+    assert bank.put({first: EARLY, second: EARLY}) == 2
+    versions = {la: read_weight(bench.model, la)._version for la in bench.layers}
+    assert bank.put({first: EARLY, second: ROUND, third: EARLY}) == 2
+    assert bank.put({first: EARLY, second: ROUND, third: EARLY}) == 0
+    changed = {
+        la
+        for la in bench.layers
+        if read_weight(bench.model, la)._version > versions[la]
+    }
+    assert changed == {second, third}
+
+
+def test_a_variant_is_made_once(bench: Bench) -> None:
+    layer = bench.layers[0]
+    pairs = [(layer, EARLY), (layer, NORM), (layer, DENSE), (layer, EARLY)]
+    assert bench.bank().make(pairs) == 2
+    assert bench.bank().make(pairs) == 0  # another bank on the same inputs
+    bench.bank().get(layer, NORM)
+    bench.bank().put({layer: NORM})
+    assert (bench.calls("early"), bench.calls("norm")) == (1, 1)
+
+
+def test_layers_with_one_input_go_together(bench: Bench) -> None:
+    bench.bank().make([(layer, NORM) for layer in bench.layers])
+    groups = [
+        [n.rpartition(".")[2] for n in c.layers] for c in bench.toys["norm"].calls
+    ]
+    block = [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
+    assert groups == 2 * [*block, ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_settings_go_together_and_first_steps_are_shared(bench: Bench) -> None:
+    layer = bench.layers[0]
+    texts = [
+        "norm(keep=8)",
+        "norm(keep=8) + round(bits=4)",
+        "norm(keep=8) + round(bits=3)",
+        "norm(keep=4) + round(bits=3)",
+        "round(bits=3)",
+    ]
+    actions = [Action.parse(text) for text in texts]
+    bank = bench.bank()
+    assert bank.make([(layer, action) for action in actions]) == 5
+    assert [call.settings for call in bench.toys["norm"].calls] == [[8.0, 4.0]]
+    rounds = [(call.settings, call.masked) for call in bench.toys["round"].calls]
+    assert rounds == [([3], False), ([4, 3], True), ([3], True)]
+    for action in actions:
+        alone = Bench(tiny_copy(bench.model), bench.store.folder / str(action)[:16])
+        assert same(alone.bank().get(layer, action), bank.get(layer, action))
+
+
+def tiny_copy(model: nn.Module) -> nn.Module:
+    copy = type(model)(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()
+
+
+def test_a_later_step_sees_the_earlier_one(bench: Bench) -> None:
+    layer = bench.layers[0]
+    variant = bench.bank().get(layer, Action.parse("early(keep=8) + round(bits=4)"))
+    dense = bench.stitched.dense_weight(layer)
+    assert variant.storage.mask == "bitmap" and variant.storage.bits == 4
+    assert kept_columns(variant) == list(range(8))
+    assert not variant.weight[:, 8:].any()
+    step = dense[:, :8].abs().amax(1, keepdim=True) / 7
+    assert ((variant.weight - dense)[:, :8].abs() <= 0.5001 * step).all()
+
+
+def test_a_key_depends_on_what_the_variant_does(bench: Bench) -> None:
+    reference = dict.fromkeys(bench.layers, EARLY)
+    first, second = bench.layers[:2]
+    bank = bench.bank()
+    others = {
+        "text": bench.bank(seed=1),
+        "reference": bench.bank(reference),
+        "revision": bench.bank(revision="r2"),
+    }
+    for name, other in others.items():
+        assert other.key(first, NORM) != bank.key(first, NORM), name
+        assert other.key(first, BOTH) != bank.key(first, BOTH), name
+    for name in ("text", "reference"):  # early needs no statistics
+        assert others[name].key(first, EARLY) == bank.key(first, EARLY)
+    assert others["revision"].key(first, EARLY) != bank.key(first, EARLY)
+    assert bank.key(first, EARLY) != bank.key(second, EARLY)
+    assert bank.key(first, EARLY) != bank.key(first, ROUND)
+    before = bank.key(first, EARLY), others["reference"].name
+    bench.toys["early"].version = "2"  # type: ignore[misc]
+    assert bank.key(first, EARLY) != before[0]
+    assert bench.bank(reference).name != before[1]
+
+
+def test_dense_layers_of_a_reference_do_not_count(bench: Bench) -> None:
+    dense = bench.bank(dict.fromkeys(bench.layers, DENSE))
+    assert dense.name == bench.bank().name
+
+
+def test_the_type_of_computation_counts(bench: Bench, tmp_path: Path) -> None:
+    half = Bench(tiny_copy(bench.model), tmp_path)
+    half.stitched = StitchedModel(
+        half.model, half.found.layers, compute_dtype=torch.bfloat16
+    )
+    layer = bench.layers[0]
+    assert half.bank().key(layer, NORM) != bench.bank().key(layer, NORM)
+    assert half.bank().key(layer, EARLY) == bench.bank().key(layer, EARLY)
+
+
+@pytest.mark.parametrize("action", [EARLY, NORM], ids=str)
+def test_a_reference_gives_propagated_inputs(bench: Bench, action: Action) -> None:
+    plain = bench.bank()
+    bank = bench.bank(dict.fromkeys(bench.layers, action))
+    down = [layer for layer in bench.layers if layer.role == "down_proj"]
+    bank.make([(layer, CURVE) for layer in down])
+    assert set(bench.stitched.actions.values()) == {DENSE}
+    # The first block reads dense inputs, and its down projection those of dense gates.
+    assert same(bank.get(down[0], CURVE), plain.get(down[0], CURVE))
+    assert not same(bank.get(down[1], CURVE), plain.get(down[1], CURVE))
+    bank.put({layer: action for layer in bench.layers if layer.block == 0})
+    expected = best_columns(inputs_of(bench.model, down[1]))
+    assert kept_columns(bank.get(down[1], CURVE)) == expected
+
+
+def test_making_leaves_on_the_model_what_was_there(bench: Bench) -> None:
+    bank, layer = bench.bank(), bench.layers[0]
+    bank.put({layer: EARLY, bench.layers[9]: NORM})
+    before = {name: t.clone() for name, t in bench.model.state_dict().items()}
+    actions = dict(bench.stitched.actions)
+    bank.make([(other, CURVE) for other in bench.layers])
+    assert bench.stitched.actions == actions
+    after = bench.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    # The statistics came from the dense model all the same.
+    bank.put({})
+    assert kept_columns(bank.get(bench.layers[9], CURVE)) == best_columns(
+        inputs_of(bench.model, bench.layers[9])
+    )
+
+
+def test_progress_is_told_block_by_block(bench: Bench) -> None:
+    told: list[tuple[int, int]] = []
+    bench.bank().make(
+        [(layer, NORM) for layer in bench.layers],
+        lambda done, total: told.append((done, total)),
+    )
+    assert told == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_blocks_behind_the_last_wanted_one_are_not_run(bench: Bench) -> None:
+    told: list[tuple[int, int]] = []
+    bench.bank().make(
+        [(bench.layers[0], NORM)], lambda done, total: told.append((done, total))
+    )
+    assert told == [(0, 1), (1, 1)]
+
+
+def damage(bench: Bench, key: str) -> None:
+    path = bench.store.folder / key[:2] / f"{key}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_variant_is_made_again(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bank, layer = bench.bank(), bench.layers[0]
+    first = bank.get(layer, NORM)
+    damage(bench, bank.key(layer, NORM))
+    with caplog.at_level(logging.WARNING):
+        assert same(bank.get(layer, NORM), first)
+        damage(bench, bank.key(layer, NORM))
+        assert bank.put({layer: NORM}) == 1
+    assert torch.equal(read_weight(bench.model, layer), first.weight)
+    assert caplog.text.count("is damaged (its checksum does not match)") == 2
+    assert bench.calls("norm") == 3
+
+
+@pytest.mark.parametrize("action", [EARLY, NORM], ids=str)
+def test_a_damaged_variant_of_the_reference_is_made_again(
+    bench: Bench, action: Action, caplog: pytest.LogCaptureFixture
+) -> None:
+    bank = bench.bank(dict.fromkeys(bench.layers, action))
+    layer = bench.layers[-1]
+    first = bank.get(layer, CURVE)
+    shutil.rmtree(bench.store.folder / bank.key(layer, CURVE)[:2])
+    damage(bench, bank.key(bench.layers[0], action))
+    assert same(bank.get(layer, CURVE), first)
+    assert caplog.text.count("is damaged") == 1
+
+
+def test_a_refusal_speaks_before_anything_is_made(bench: Bench) -> None:
+    bank, layer = bench.bank(), bench.layers[0]
+    twice = Action.parse("early + norm")
+    message = rf"{layer.name} cannot take 'early \+ norm': already pruned \(bitmap\)"
+    for ask in (
+        lambda: bank.get(layer, twice),
+        lambda: bank.make([(bench.layers[1], EARLY), (layer, twice)]),
+        lambda: bank.put({bench.layers[1]: EARLY, layer: twice}),
+    ):
+        with pytest.raises(MethodError, match=message):
+            ask()
+    assert bench.calls("early") == 0
+    embedding = bench.found.layers[0]
+    with pytest.raises(
+        MethodError, match="norm.* needs statistics of inputs, which mo"
+    ):
+        bank.get(embedding, NORM)
+    assert bank.get(embedding, EARLY).storage.kept == 8 * 256
+
+
+class Failing(Columns):
+    def compress(
+        self,
+        sources: Sequence[Source],
+        statistics: InputStatistics,
+        settings: Sequence[Settings],
+    ) -> list[list[Variant]]:
+        raise ZeroDivisionError("float division by zero")
+
+
+class Short(Round):
+    def compress(
+        self,
+        sources: Sequence[Source],
+        statistics: InputStatistics,
+        settings: Sequence[Settings],
+    ) -> list[list[Variant]]:
+        return super().compress(sources, statistics, settings)[1:]
+
+
+class Liar(Round):
+    def storage(self, layer: Layer, previous: Storage, settings: Settings) -> Storage:
+        return replace(super().storage(layer, previous, settings), bits=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "message"),
+    [
+        (
+            Failing("norm", frozenset({"input_norm"})),
+            "norm",
+            "method 'norm' of .*test_bank failed on .*q_proj, .*k_proj, .*v_proj under "
+            "norm: ZeroDivisionError: float division by zero",
+        ),
+        (
+            Short(),
+            "norm + round",
+            r"method 'round' of .* gave \[1, 1\] variants for .* under round; expected "
+            "1 for each of 3 layers",
+        ),
+        (
+            Liar(),
+            "round(bits=4)",
+            r"q_proj under 'round\(bits=4\)' stores .*bits=4.*methods declare .*bits=2",
+        ),
+    ],
+    ids=["raises", "too-few", "lies"],
+)
+def test_a_broken_method_is_named(
+    method: Toy, text: str, message: str, bench: Bench
+) -> None:
+    bench.toys[method.name] = method
+    bank = bench.bank()
+    bank.put({bench.layers[5]: EARLY})
+    before = {name: t.clone() for name, t in bench.model.state_dict().items()}
+    with pytest.raises(PluginError, match=message):
+        bank.make([(layer, Action.parse(text)) for layer in bench.layers])
+    after = bench.model.state_dict()  # what was on the model is back on it
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_store_that_holds_not_one_variant_is_an_error(bench: Bench) -> None:
+    bench.store.cap_bytes = 100
+    message = r"q_proj under 'early\(keep=8\)' is gone .* too small \(cap 100 bytes\)"
+    with pytest.raises(StoreError, match=message):
+        bench.bank().put({bench.layers[0]: EARLY})
+    assert set(bench.stitched.actions.values()) == {DENSE}
+
+
+def test_a_small_store_makes_variants_again(bench: Bench) -> None:
+    bench.store.cap_bytes = 30_000  # some two variants
+    bank = bench.bank()
+    wanted = dict.fromkeys(bench.layers, EARLY)
+    assert bank.put(wanted) == len(wanted)
+    for layer in wanted:
+        expected = read_weight(bench.model, layer).clone()
+        assert torch.equal(bank.get(layer, EARLY).weight, expected)
+    assert bench.calls("early") > len(wanted)

@@ -1,0 +1,208 @@
+"""Divergence and loss equal their plain formulas, on every path to them."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from autoprune_plugins.tasks import CausalLM, MaskedLM
+from tiny_models import tiny
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from autoprune.errors import ModelError
+from autoprune.evaluation.quality import CHUNK, Quality, Teacher
+from autoprune.models.task import Task
+from autoprune.models.text import TokenWindows
+
+MASK = SimpleNamespace(mask_token_id=3)
+
+
+def windows(count: int = 5, length: int = 24) -> TokenWindows:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, 60, (count, length), generator=generator)
+    return TokenWindows(ids, "fitness", "test", "0" * 16)
+
+
+def task_of(kind: str) -> Task:
+    return MaskedLM() if kind == "bert" else CausalLM()
+
+
+def disturb(model: nn.Module, *, embedding: bool = False) -> None:
+    """Change weights as a compression would."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        inside = any(part in name for part in ("layers", "layer.", ".h."))
+        if inside or (embedding and ("embed" in name or "wte" in name)):
+            noise = torch.randn(parameter.shape, generator=generator)
+            with torch.no_grad():
+                parameter += 0.05 * noise
+
+
+def plain(
+    task: Task, dense: nn.Module, model: nn.Module, text: TokenWindows
+) -> tuple[Tensor, Tensor]:
+    """Compute KL and loss of each window in double precision, from whole logits."""
+    kl, nll = [], []
+    for ids in text.ids:
+        batch = task.batch(ids[None], MASK)
+        p, q = (
+            m(**batch.inputs).logits[batch.scored].double().log_softmax(-1)
+            for m in (dense, model)
+        )
+        kl.append((p.exp() * (p - q)).sum(-1).mean())
+        nll.append(-q.gather(1, batch.labels[:, None]).mean())
+    return torch.stack(kl), torch.stack(nll)
+
+
+def set_softcap(model: Any, cap: float) -> None:
+    model.config.final_logit_softcapping = cap
+
+
+CASES = {
+    "plain": ("llama", {}),
+    "tied": ("qwen2", {}),
+    "bias": ("bert", {}),
+    "softcap": ("gemma2", {"final_logit_softcapping": 3.0}),
+    "scale": ("granite", {"logits_scaling": 4.0}),
+    "experts": ("mixtral", {}),
+    "conv1d": ("gpt2", {}),
+}
+
+
+@pytest.mark.parametrize("embedding", [False, True], ids=["layers", "embedding"])
+@pytest.mark.parametrize(("kind", "settings"), CASES.values(), ids=CASES)
+def test_divergence_and_loss_equal_the_plain_formulas(
+    kind: str, settings: dict[str, float], embedding: bool
+) -> None:
+    dense, model = tiny(kind), tiny(kind)
+    for name, value in settings.items():
+        setattr(dense.config, name, value)
+        setattr(model.config, name, value)
+    task, text = task_of(kind), windows()
+    teacher = Teacher(task, model, text, tokenizer=MASK, batch=2)
+    disturb(model, embedding=embedding)
+    found = teacher.measure(model)
+    kl, nll = plain(task, dense, model, text)
+    assert kl.min() > 1e-3
+    torch.testing.assert_close(found.kl.double(), kl, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.nll.double(), nll, rtol=1e-5, atol=1e-5)
+    assert math.isclose(found.mean_kl, float(kl.mean()), rel_tol=1e-4, abs_tol=1e-5)
+    assert math.isclose(found.perplexity, float(nll.mean().exp()), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES.values(), ids=CASES)
+def test_the_dense_model_does_not_diverge(
+    kind: str, settings: dict[str, float]
+) -> None:
+    model = tiny(kind)
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    teacher = Teacher(task_of(kind), model, windows(), tokenizer=MASK)
+    assert teacher.dense.kl.abs().max() < 1e-5
+    assert torch.equal(teacher.measure(model).nll, teacher.dense.nll)
+
+
+def test_the_dense_model_does_not_diverge_at_many_words_and_large_logits() -> None:
+    model = tiny("llama")
+    model.lm_head = nn.Linear(32, 49_152, bias=False).requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    model.lm_head.weight.normal_(std=3.0, generator=generator)
+    teacher = Teacher(CausalLM(), model, windows(2), tokenizer=None)
+    assert teacher.dense.kl.abs().max() < 1e-5
+
+
+def test_bfloat16_is_measured_as_it_computes() -> None:
+    dense = tiny("llama").to(torch.bfloat16)
+    model = tiny("llama").to(torch.bfloat16)
+    teacher = Teacher(CausalLM(), model, windows(), tokenizer=None)
+    assert teacher.dense.kl.abs().max() < 1e-5
+    disturb(model)
+    kl, nll = plain(CausalLM(), dense, model, windows())
+    found = teacher.measure(model)
+    # The plain logits are rounded to bfloat16, ours are not.
+    torch.testing.assert_close(found.kl.double(), kl, rtol=0.05, atol=1e-3)
+    torch.testing.assert_close(found.nll.double(), nll, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_the_perplexity_of_a_uniform_model_is_the_number_of_words(kind: str) -> None:
+    model = tiny(kind)
+    head = model.get_output_embeddings()
+    head.weight.zero_()
+    if head.bias is not None:
+        head.bias.zero_()
+    quality = Teacher(task_of(kind), model, windows(), tokenizer=MASK).dense
+    assert math.isclose(quality.perplexity, 64, rel_tol=1e-6)
+    assert abs(quality.mean_kl) < 1e-6
+
+
+def test_fewer_windows_are_the_first_ones() -> None:
+    model = tiny("llama")
+    teacher = Teacher(CausalLM(), model, windows(), tokenizer=None, batch=2)
+    disturb(model)
+    whole = teacher.measure(model)
+    assert len(whole.kl) == 5
+    for count in (1, 2, 3, 5, 9):
+        part = teacher.measure(model, count)
+        torch.testing.assert_close(part.kl, whole.kl[:count], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(part.nll, whole.nll[:count])
+
+
+def test_chunks_and_batches_do_not_matter() -> None:
+    model, text = tiny("llama"), windows(3, 2 * CHUNK + 5)
+    teachers = [
+        Teacher(CausalLM(), model, text, tokenizer=None, batch=batch)
+        for batch in (1, 3)
+    ]
+    disturb(model)
+    one, other = (teacher.measure(model) for teacher in teachers)
+    torch.testing.assert_close(one.kl, other.kl, rtol=1e-4, atol=1e-6)
+
+
+def test_a_restored_head_is_known_as_the_dense_one(
+    tiny_model: LlamaForCausalLM,
+) -> None:
+    text = windows()
+    teacher = Teacher(CausalLM(), tiny_model, text, tokenizer=None)
+    before = tiny_model.lm_head.weight.clone()
+    tiny_model.lm_head.weight.zero_()
+    assert teacher.measure(tiny_model).mean_kl > 0.1
+    tiny_model.lm_head.weight.copy_(before)
+    assert teacher.measure(tiny_model).kl.abs().max() < 1e-5
+
+
+def test_nothing_finite_stays_of_a_broken_model() -> None:
+    model = tiny("llama")
+    teacher = Teacher(CausalLM(), model, windows(), tokenizer=None)
+    model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    found = teacher.measure(model)
+    assert math.isnan(found.mean_kl)
+    assert math.isnan(found.perplexity)
+
+
+def test_perplexity_overflows_to_infinity() -> None:
+    quality = Quality(torch.tensor([1.0]), torch.tensor([1e6]))
+    assert quality.perplexity == math.inf
+    assert math.isnan(quality.kl_error())
+
+
+def test_the_standard_error_worked_by_hand() -> None:
+    quality = Quality(torch.tensor([1.0, 2.0, 3.0, 2.0]), torch.zeros(4))
+    assert quality.mean_kl == 2.0
+    assert math.isclose(quality.kl_error(), math.sqrt(2 / 3) / 2)
+    assert quality.perplexity == 1.0
+
+
+class Louder(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+
+def test_logits_that_no_head_explains_are_refused(tiny_model: LlamaForCausalLM) -> None:
+    model = Louder(tiny_model.config).eval()
+    with pytest.raises(ModelError, match="Louder makes its logits .* differ by 33.3%"):
+        Teacher(CausalLM(), model, windows(), tokenizer=None)
