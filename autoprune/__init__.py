@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from autoprune.compression.storage import Storage
     from autoprune.compression.variant import Variant
     from autoprune.config import RunConfig
-    from autoprune.deliver import apply, evaluate, export, load
+    from autoprune.deliver import export
     from autoprune.errors import (
         AutoPruneError,
         BudgetError,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autoprune.evaluation.metric import Metric
     from autoprune.evaluation.reward import Reward
     from autoprune.exporting.exporter import Exporter
+    from autoprune.exporting.folder import load
     from autoprune.hookspecs import hookimpl
     from autoprune.models.layers import Architecture
     from autoprune.models.statistics import InputStatistics
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from autoprune.policy import Action, Layer, Policy, Site
     from autoprune.run import search
     from autoprune.searching.samplers import SamplerFactory
+    from autoprune.transfer import apply, evaluate
 
     __version__: str
 
@@ -85,7 +87,9 @@ _HOMES = {
     "compression.storage": ("Storage",),
     "compression.variant": ("Variant",),
     "config": ("RunConfig",),
-    "deliver": ("apply", "evaluate", "export", "load"),
+    "deliver": ("export",),
+    "exporting.folder": ("load",),
+    "transfer": ("apply", "evaluate"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "evaluation.metric": ("Metric",),
     "evaluation.reward": ("Reward",),

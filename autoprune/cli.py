@@ -128,11 +128,11 @@ def evaluate(
 ) -> None:
     """Measure a model, an export, or a policy on a model."""
     with session(verbose=verbose) as console:
-        from autoprune import deliver
+        from autoprune import transfer
         from autoprune.reporting import tables
 
         with observing(console) as observer:
-            found = deliver.evaluate(
+            found = transfer.evaluate(
                 model,
                 policy=policy,
                 text=_text(text),
@@ -189,10 +189,10 @@ def apply(
 ) -> None:
     """Put a policy on another checkpoint of the same shape, and export it."""
     with session(verbose=verbose) as console:
-        from autoprune import deliver
+        from autoprune import transfer
 
         with observing(console) as observer:
-            report = deliver.apply(
+            report = transfer.apply(
                 policy,
                 model=model,
                 out=out,

@@ -1,31 +1,27 @@
-"""Hands policies over: exports them, applies them elsewhere, measures models."""
+"""Exports the policies of a run, each verified by a fresh process."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autoprune.compression.bank import VariantBank
-from autoprune.config import RunConfig, TextConfig
-from autoprune.errors import PolicyError, RunError
 from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
-from autoprune.exporting.folder import load, write_export
+from autoprune.exporting.folder import write_export
 from autoprune.exporting.verification import Verification, verify_export
-from autoprune.plugins import Plugins, load_plugins
+from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.card import model_card
 from autoprune.reporting.observer import Observer
-from autoprune.searching.ledger import Ledger
 from autoprune.searching import objective as objectives
 from autoprune.searching.plan import Plan
-from autoprune.searching.rows import Trial
-
-__all__ = ["ExportReport", "apply", "evaluate", "export", "load"]
-
-SEED = 0
-"""Decides which documents go to which split, where no run says so."""
+from autoprune.searching.runs import (
+    read_config,
+    read_trial,
+    read_trials,
+    read_winner,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +73,11 @@ def export(
     """
     folder = Path(run_dir)
     observer = observer or Observer()
-    config = _config(folder)
+    config = read_config(folder)
     if trial is not None:
-        _one(folder, trial)  # a wrong number is told before a model is loaded
+        read_trial(folder, trial)  # a wrong number is told before a model is loaded
     elif not front:
-        _winner(folder)
+        read_winner(folder)
     observer.stage("loading model and text")
     plan = Plan.make(config, load_plugins(config.plugins))
     name = target or config.export
@@ -92,7 +88,7 @@ def export(
         place = Path(out or folder / f"export-{name}")
         observer.stage(f"exporting trial {record['trial']} as {name}")
         reports.append(
-            _export(
+            export_policy(
                 plan.bench,
                 bank,
                 policy,
@@ -106,129 +102,7 @@ def export(
     return reports
 
 
-def apply(
-    policy: str | Path | Policy,
-    *,
-    model: str,
-    out: str | Path,
-    target: str = "packed",
-    task: str = "causal-lm",
-    text: TextConfig | None = None,
-    force: bool = False,
-    plugins: Sequence[str] = (),
-    observer: Observer | None = None,
-) -> ExportReport:
-    """Compress another checkpoint of the same shape by a policy, and export it.
-
-    Statistics are taken anew from that model, block by block, on the inputs that its
-    own compressed blocks give.
-
-    Args:
-        policy: A policy, or the path of a ``policy.json``.
-        model: Folder, hub id, GGUF file or ``demo``.
-        out: Folder to write.
-        target: Export target.
-        task: What the model is for.
-        text: Which text to take statistics from and to measure on.
-        force: Replace an export that is there already.
-        plugins: Modules to load beside the installed plugins.
-        observer: Hears of stages.
-
-    Raises:
-        PolicyError: If the policy does not fit the model.
-        ExportError: If the export cannot be written or fails its verification.
-    """
-    observer = observer or Observer()
-    chosen = policy if isinstance(policy, Policy) else read_policy(policy)
-    text = text or TextConfig()
-    observer.stage("loading model and text")
-    bench = _open(load_plugins(plugins), model, task, text, target)
-    chosen = bench.actions.canonical_policy(chosen)
-    bench.storages(chosen)  # a policy that does not fit is refused before any work
-    bank = bench.bank(chosen)
-    observer.stage("making variants")
-    bank.make(bench.per_layer(chosen).items(), observer.advance)
-    observer.stage("measuring on the report split")
-    record = made_for(bench, chosen) | {
-        "seed": SEED,
-        "text": measured_on(bench, text, "report"),
-        "figures": {
-            "dense": bench.dense_metrics("report"),
-            "compressed": bench.measure(chosen, bank, "report").metrics,
-        },
-    }
-    observer.stage(f"exporting as {target}")
-    return _export(
-        bench, bank, chosen, place=Path(out), target=target, record=record,
-        plugins=plugins, force=force,
-    )
-
-
-def evaluate(
-    model: str,
-    *,
-    policy: str | Path | Policy | None = None,
-    task: str = "causal-lm",
-    text: TextConfig | None = None,
-    target: str = "packed",
-    plugins: Sequence[str] = (),
-    observer: Observer | None = None,
-) -> dict[str, dict[str, float]]:
-    """Measure a model on the report split, and a policy on it.
-
-    Args:
-        model: Folder, hub id, GGUF file or ``demo``.
-        policy: A policy, or the path of a ``policy.json``; its variants are made on
-            the inputs that its own compressed blocks give.
-        task: What the model is for.
-        text: Which text.
-        target: Export target, for sizes.
-        plugins: Modules to load beside the installed plugins.
-        observer: Hears of stages.
-
-    Returns:
-        Metrics of ``dense``, and of ``policy`` if one is given.
-
-    Raises:
-        PolicyError: If the policy does not fit the model.
-    """
-    observer = observer or Observer()
-    observer.stage("loading model and text")
-    bench = _open(load_plugins(plugins), model, task, text or TextConfig(), target)
-    observer.stage("measuring the dense model")
-    found = {"dense": bench.dense_metrics("report")}
-    if policy is not None:
-        chosen = policy if isinstance(policy, Policy) else read_policy(policy)
-        chosen = bench.actions.canonical_policy(chosen)
-        bank = bench.bank(chosen)
-        observer.stage("making variants")
-        bank.make(bench.per_layer(chosen).items(), observer.advance)
-        observer.stage("measuring the policy")
-        found["policy"] = bench.measure(chosen, bank, "report").metrics
-    return found
-
-
-def read_policy(path: str | Path) -> Policy:
-    """Read a policy from a file.
-
-    Raises:
-        PolicyError: If the file is missing or holds no policy.
-    """
-    try:
-        return Policy.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"cannot read the policy {path}: {error}") from error
-
-
-def _open(
-    plugins: Plugins, model: str, task: str, text: TextConfig, target: str
-) -> Workbench:
-    return Workbench.open(
-        plugins, model=model, task=task, text=text, target=target, seed=SEED
-    )
-
-
-def _export(
+def export_policy(
     bench: Workbench,
     bank: VariantBank,
     policy: Policy,
@@ -239,7 +113,21 @@ def _export(
     plugins: Sequence[str],
     force: bool,
 ) -> ExportReport:
-    """Write one policy, and have a fresh process load and measure it."""
+    """Write one policy, and have a fresh process load and measure it.
+
+    Args:
+        bench: The model.
+        bank: The variants that the policy was measured with.
+        policy: The policy.
+        place: The folder to write.
+        target: Name of the export target.
+        record: What joins the policy in ``policy.json``.
+        plugins: Modules that the fresh process has to load as well.
+        force: Replace an export that is there already.
+
+    Raises:
+        ExportError: If it cannot be written or fails its verification.
+    """
     measured = bench.measure(policy, bank, "report")
     storages = bench.storages(policy)
     exporter = bench.exporters[target]
@@ -283,48 +171,16 @@ def _export(
     return ExportReport(folder, target, policy, size, measured.metrics, verified[0])
 
 
-def _trials(folder: Path) -> list[Trial]:
-    with Ledger.read(folder) as ledger:
-        return ledger.trials()
-
-
-def _one(folder: Path, number: int) -> Trial:
-    trials = _trials(folder)
-    for trial in trials:
-        if trial.number == number:
-            return trial
-    raise RunError(
-        f"{folder} has no trial {number}; it has {len(trials)}, counted from 0"
-    )
-
-
-def _winner(folder: Path) -> dict[str, Any]:
-    path = folder / "policy.json"
-    if not path.exists():
-        raise RunError(
-            f"{folder} has no winner yet: {path.name} is written when a search ends. Go "
-            "on with 'autoprune search', or name a trial"
-        )
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _config(folder: Path) -> RunConfig:
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise RunError(f"{folder} is no run folder: it has no {path.name}")
-    return RunConfig.from_yaml(path)
-
-
 def _chosen(
     plan: Plan, folder: Path, *, trial: int | None, whole_front: bool
 ) -> list[tuple[dict[str, Any], Policy, VariantBank]]:
-    """Find what is to be exported: its record, the policy, and the bank it was measured with."""
+    """Find what to export: record, policy, and the bank that it was measured with."""
     if whole_front:
-        trials = objectives.front_in(_trials(folder), plan.front_goals)
+        trials = objectives.front_in(read_trials(folder), plan.front_goals)
     elif trial is not None:
-        trials = [_one(folder, trial)]
+        trials = [read_trial(folder, trial)]
     else:
-        winner = _winner(folder)
+        winner = read_winner(folder)
         policy = Policy.from_dict(winner)
         reference = winner["reference"] and Policy.from_dict(winner["reference"])
         return [(winner, policy, plan.bench.bank(reference))]

@@ -15,10 +15,10 @@ import yaml
 
 from autoprune.config import RunConfig
 from autoprune.errors import BudgetError, ConfigError, RunError, unknown_name
+from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
-from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.reporting.observer import SEARCHING, Observer
 from autoprune.searching.finals import Candidate, Finalist, rank, report, resolve_anew
 from autoprune.searching.ledger import Ledger
@@ -167,7 +167,9 @@ def _tell(plan: Plan, observer: Observer) -> None:
     for site, action, reason in space.refused:
         observer.note(f"{site} cannot take {action}: {reason}")
     free = sum(len(actions) > 1 for actions in space.choices.values())
-    observer.note(f"{free} sites to choose for, 10^{math.log10(space.policies):.0f} policies")
+    observer.note(
+        f"{free} sites to choose for, 10^{math.log10(space.policies):.0f} policies"
+    )
 
 
 def _on_trial(plan: Plan, folder: Path, observer: Observer) -> Callable[[Trial], None]:
@@ -251,8 +253,8 @@ def _candidates(plan: Plan, trials: list[Trial]) -> list[Candidate]:
     if not order:
         raise BudgetError(
             f"none of {len(trials)} trials kept every limit of "
-            f"{[limit.metric for limit in plan.objective.limits]}. Relax the limits, or "
-            "search longer"
+            f"{[limit.metric for limit in plan.objective.limits]}. Relax the limits, "
+            "or search longer"
         )
     chosen = order[: plan.config.search.finalists]
     rivals = [trial for trial in order if trial.origin.startswith(RIVAL)]

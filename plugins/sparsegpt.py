@@ -29,7 +29,9 @@ class SparseGpt(CompressionMethod):
     parameters = (
         preconditions.SPARSITY,
         preconditions.PATTERN,
-        replace(preconditions.BITS, required=False, help="Bits of a code, if quantized."),
+        replace(
+            preconditions.BITS, required=False, help="Bits of a code, if quantized."
+        ),
         preconditions.GROUP,
         preconditions.SYMMETRIC,
         preconditions.DAMPING,

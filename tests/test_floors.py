@@ -166,11 +166,19 @@ def test_every_room_and_every_plugin_is_shipped() -> None:
 @pytest.mark.parametrize(
     ("room", "source", "fault"),
     [
-        ("models", "import autoprune.searching.space", "models imports autoprune.searching"),
+        (
+            "models",
+            "import autoprune.searching.space",
+            "models imports autoprune.searching",
+        ),
         ("models", "from autoprune import cli", "models imports autoprune.cli"),
         ("models", "def f():\n    import autoprune.run", "line 2: models imports"),
         ("run", "import autoprune", "run imports autoprune, which is not below"),
-        ("searching", "from autoprune import testing", "searching imports autoprune.testing"),
+        (
+            "searching",
+            "from autoprune import testing",
+            "searching imports autoprune.testing",
+        ),
         ("policy", "from autoprune.models.layers import x", "autoprune.models.layers"),
         ("evaluation", "import optuna", "evaluation imports optuna, at home elsewhere"),
         ("searching", "from transformers import T", "searching imports transformers.T"),

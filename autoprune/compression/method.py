@@ -55,7 +55,8 @@ class Parameter:
         where = f"{method}({self.name}=...)"
         if self.kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not self.kind:
+        kind: type = type(value)
+        if kind is not self.kind:
             raise MethodError(
                 f"{where} takes {_KINDS[self.kind]}, found {value!r}. {self.help}"
             )
@@ -65,7 +66,8 @@ class Parameter:
             ends = "between {} and {}" if self.open_range else "from {} to {}"
             span = ends.format(f"{self.low:g}", f"{self.high:g}")
             raise MethodError(f"{where} lies {span}, found {value!r}. {self.help}")
-        return value
+        checked: Value = value
+        return checked
 
     def _within(self, value: float) -> bool:
         assert self.low is not None and self.high is not None
@@ -74,7 +76,12 @@ class Parameter:
         return self.low <= value <= self.high
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+}
 
 
 def keep_of(pattern: str) -> tuple[int, int]:
@@ -160,7 +167,9 @@ class CompressionMethod(ABC):
                 )
         return settings
 
-    def refuses(self, layer: Layer, previous: Storage, settings: Settings) -> str | None:
+    def refuses(
+        self, layer: Layer, previous: Storage, settings: Settings
+    ) -> str | None:
         """Say why this step cannot be done to a layer, or None if it can.
 
         Asked while the space is built, before anything is computed.

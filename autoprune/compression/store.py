@@ -31,6 +31,28 @@ _PART = ".part"
 _STALE_S = 3600
 
 
+DEFAULT_CAP_GB = 20.0
+"""Most gigabytes of variants that the cache keeps, unless the user says otherwise."""
+
+
+def cap_bytes() -> int:
+    """Read the store's cap from ``AUTOPRUNE_STORE_GB``.
+
+    Raises:
+        StoreError: If it is no positive number.
+    """
+    text = os.environ.get("AUTOPRUNE_STORE_GB", str(DEFAULT_CAP_GB))
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = 0.0
+    if not gigabytes > 0:
+        raise StoreError(
+            f"AUTOPRUNE_STORE_GB must be a positive number of gigabytes, found {text!r}"
+        )
+    return int(gigabytes * 1e9)
+
+
 class VariantStore:
     """A folder of variants, safe for several processes.
 

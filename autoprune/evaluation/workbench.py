@@ -13,7 +13,7 @@ from autoprune.compression.actions import Actions
 from autoprune.compression.apply import StitchedModel
 from autoprune.compression.bank import VariantBank
 from autoprune.compression.storage import Part, Storage
-from autoprune.compression.store import VariantStore
+from autoprune.compression.store import VariantStore, cap_bytes
 from autoprune.config import TextConfig
 from autoprune.errors import ConfigError, unknown_name
 from autoprune.evaluation.metric import Evidence, Metric, Scene
@@ -34,9 +34,6 @@ from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
 
 log = logging.getLogger(__name__)
-
-STORE_CAP_BYTES = 20 * 10**9
-"""Most bytes of variants in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +157,7 @@ class Workbench:
             exporters,
             plugins.objects["metrics"],
             splits,
-            VariantStore(cache / "variants", STORE_CAP_BYTES),
+            VariantStore(cache / "variants", cap_bytes()),
             untouched,
         )
 

@@ -80,7 +80,7 @@ def resolve_anew(
     cost: Callable[[Measured], float],
     progress: Progress | None = None,
 ) -> Finalist:
-    """Solve a finalist on its own inputs; give it back unchanged if that is no better."""
+    """Solve a finalist on its own inputs; give it back if that is no better."""
     policy = finalist.candidate.policy
     bank = bench.bank(reference=policy)
     bank.make(bench.per_layer(policy).items(), progress)

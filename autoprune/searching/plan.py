@@ -108,9 +108,9 @@ class Plan:
         cap = self.bench.store.cap_bytes
         if needed > cap:
             raise ConfigError(
-                f"the variants of this space take {needed / 1e9:.1f} GB, the store's cap "
-                f"is {cap / 1e9:.1f} GB. Allow fewer actions, or raise the cap with "
-                "AUTOPRUNE_STORE_GB"
+                f"the variants of this space take {needed / 1e9:.1f} GB, the cap of "
+                f"the store is {cap / 1e9:.1f} GB. Allow fewer actions, or raise the cap "
+                "with AUTOPRUNE_STORE_GB"
             )
 
     def cost(self, split: str) -> Callable[[Measured], float]:

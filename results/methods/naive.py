@@ -1,7 +1,7 @@
 """Calibrate and prune as the papers' scripts do: the rival in benchmarks.
 
-Block by block: one forward pass takes a Hessian for each of the seven layers, each layer
-is pruned by itself, a second pass gives the inputs of the next block.
+Block by block: one forward pass takes a Hessian for each of the seven layers, each
+layer is pruned by itself, a second pass gives the inputs of the next block.
 """
 
 import time

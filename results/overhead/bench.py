@@ -2,8 +2,8 @@
 
     python results/overhead/bench.py
 
-At 512 tokens of fitness, on SmolLM2-135M, one thread, CPU time. A naive trial calibrates
-on 32 x 512 tokens and runs SparseGPT over all layers, plainly, layer by layer, then
+At 512 tokens of fitness, on SmolLM2-135M, one thread, CPU time. A naive trial
+calibrates on 32 x 512 tokens and runs SparseGPT over all layers, plainly, layer by layer, then
 evaluates. A stitched trial changes four sites of the policy before it, within a size
 budget, through the search's own loop: proposal, budget, swap, evaluation, ledger row.
 Writes ``overhead.json`` beside this file.
@@ -58,7 +58,9 @@ class FourSites(optuna.samplers.BaseSampler):
     def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
         return {}
 
-    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+    def sample_relative(
+        self, study: Any, trial: Any, search_space: Any
+    ) -> dict[str, Any]:
         before = study.get_trials(deepcopy=False)[-2].params if trial.number else {}
         params = dict(before)
         for role in ("qkv", "down"):

@@ -30,6 +30,7 @@ from autoprune.compression.bank import VariantBank  # noqa: E402
 from autoprune.compression.store import VariantStore  # noqa: E402
 from autoprune.config import TextConfig  # noqa: E402
 from autoprune.evaluation.workbench import Workbench  # noqa: E402
+from autoprune.models.checkpoints import load_model  # noqa: E402
 from autoprune.models.layers import write_weight  # noqa: E402
 from autoprune.plugins import load_plugins  # noqa: E402
 from autoprune.policy import DENSE, Action, Policy  # noqa: E402
@@ -65,9 +66,9 @@ class Cells:
         self.teacher = self.bench.teacher("report")
         self.ids = self.bench.splits["statistics"].ids
 
-    def score(self) -> dict[str, float]:
-        """Measure the model as it stands."""
-        quality = self.teacher.measure(self.bench.stitched.model)
+    def score(self, model: Any = None) -> dict[str, float]:
+        """Measure a model; the bench's own, as it stands, if none is given."""
+        quality = self.teacher.measure(model or self.bench.stitched.model)
         return {"perplexity": quality.perplexity, "kl": quality.mean_kl}
 
     def method(self, action: str) -> dict[str, float]:
@@ -82,16 +83,11 @@ class Cells:
 
     def plain(self, level: Level) -> dict[str, float]:
         """Prune plainly, on propagated inputs."""
-        bench = self.bench
-        bench.stitched.restore()
+        bench, model = self.bench, self._fresh()
         start = time.process_time()
-        solver = prune(
-            bench.stitched.model, bench.inventory, self.ids, [level], propagate=True
-        )
+        solver = prune(model, bench.inventory, self.ids, [level], propagate=True)
         seconds = time.process_time() - start
-        scored = self.score()
-        self._make_dense()
-        return {"cpu_s": seconds, "solver_cpu_s": solver, **scored}
+        return {"cpu_s": seconds, "solver_cpu_s": solver, **self.score(model)}
 
     def nine_ours(self) -> dict[str, float]:
         """Make nine levels at once; score the bank's 0.53 level."""
@@ -108,8 +104,7 @@ class Cells:
 
     def nine_plain(self) -> dict[str, float]:
         """Make nine levels one by one; score the 0.53 level."""
-        bench, third = self.bench, {}
-        bench.stitched.restore()
+        bench, model, third = self.bench, self._fresh(), {}
         levels: list[Level] = [{"sparsity": level} for level in NINE]
 
         def keep(layer: Any, number: int, weight: torch.Tensor) -> None:
@@ -118,7 +113,7 @@ class Cells:
 
         start = time.process_time()
         solver = prune(
-            bench.stitched.model,
+            model,
             bench.inventory,
             self.ids,
             levels,
@@ -127,10 +122,8 @@ class Cells:
         )
         seconds = time.process_time() - start
         for layer, weight in third.items():
-            write_weight(bench.stitched.model, layer, weight)
-        scored = self.score()
-        self._make_dense()
-        return {"cpu_s": seconds, "solver_cpu_s": solver, **scored}
+            write_weight(model, layer, weight)
+        return {"cpu_s": seconds, "solver_cpu_s": solver, **self.score(model)}
 
     def dense(self) -> dict[str, float]:
         """Score the dense model."""
@@ -153,13 +146,12 @@ class Cells:
         self.bench.stitched.restore()
         return bank
 
-    def _make_dense(self) -> None:
-        """Undo writes that went past the stitched model's books."""
-        for layer in self.bench.layers:
-            action = Action.parse("written_by_hand")
-            if layer.block is not None:
-                self.bench.stitched.actions[layer] = action
-        self.bench.stitched.restore()
+    def _fresh(self) -> Any:
+        """Load a dense model of one's own, in the type that all cells compute in."""
+        model = load_model(self.bench.checkpoint, self.bench.task.auto_class)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self.bench.compute_dtype)
+        return model
 
 
 def cells(run: Cells) -> dict[str, Callable[[], dict[str, float]]]:
@@ -227,7 +219,9 @@ def plot(table: pd.DataFrame) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     perplexity = table.set_index("cell")["perplexity"]
     for offset, method in enumerate(("magnitude", "wanda", "plain", "sparsegpt")):
-        found = [(i, perplexity.get(f"{method}-{name}")) for i, name in enumerate(LEVELS)]
+        found = [
+            (i, perplexity.get(f"{method}-{name}")) for i, name in enumerate(LEVELS)
+        ]
         bars = [(i + 0.2 * offset, value) for i, value in found if value is not None]
         axes.bar(*zip(*bars, strict=True), width=0.18, label=method)
     axes.axhline(perplexity["dense"], color="black", linestyle=":", label="dense")

@@ -87,7 +87,9 @@ def test_groups_that_do_not_divide_are_refused() -> None:
     settings = METHOD.check({"bits": 4, "group": 128})
     reason = METHOD.refuses(layer, Storage.dense(layer), settings)
     assert reason == "group 128 does not divide its 576 inputs"
-    assert METHOD.refuses(layer, Storage.dense(layer), METHOD.check({"bits": 4})) is None
+    assert (
+        METHOD.refuses(layer, Storage.dense(layer), METHOD.check({"bits": 4})) is None
+    )
 
 
 def test_a_second_quantization_is_refused() -> None:

@@ -1,0 +1,145 @@
+"""Takes policies to other models: applies them there, and measures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from autoprune.config import TextConfig
+from autoprune.deliver import ExportReport, export_policy
+from autoprune.errors import PolicyError
+from autoprune.evaluation.provenance import made_for, measured_on
+from autoprune.evaluation.workbench import Workbench
+from autoprune.plugins import Plugins, load_plugins
+from autoprune.policy import Policy
+from autoprune.reporting.observer import Observer
+
+SEED = 0
+"""Decides which documents go to which split, where no run says so."""
+
+
+def apply(
+    policy: str | Path | Policy,
+    *,
+    model: str,
+    out: str | Path,
+    target: str = "packed",
+    task: str = "causal-lm",
+    text: TextConfig | None = None,
+    force: bool = False,
+    plugins: Sequence[str] = (),
+    observer: Observer | None = None,
+) -> ExportReport:
+    """Compress another checkpoint of the same shape by a policy, and export it.
+
+    Statistics are taken anew from that model, block by block, on the inputs that its
+    own compressed blocks give.
+
+    Args:
+        policy: A policy, or the path of a ``policy.json``.
+        model: Folder, hub id, GGUF file or ``demo``.
+        out: Folder to write.
+        target: Export target.
+        task: What the model is for.
+        text: Which text to take statistics from and to measure on.
+        force: Replace an export that is there already.
+        plugins: Modules to load beside the installed plugins.
+        observer: Hears of stages.
+
+    Raises:
+        PolicyError: If the policy does not fit the model.
+        ExportError: If the export cannot be written or fails its verification.
+    """
+    observer = observer or Observer()
+    chosen = policy if isinstance(policy, Policy) else read_policy(policy)
+    text = text or TextConfig()
+    observer.stage("loading model and text")
+    bench = _open(load_plugins(plugins), model, task, text, target)
+    chosen = bench.actions.canonical_policy(chosen)
+    bench.storages(chosen)  # a policy that does not fit is refused before any work
+    bank = bench.bank(chosen)
+    observer.stage("making variants")
+    bank.make(bench.per_layer(chosen).items(), observer.advance)
+    observer.stage("measuring on the report split")
+    record = made_for(bench, chosen) | {
+        "seed": SEED,
+        "text": measured_on(bench, text, "report"),
+        "figures": {
+            "dense": bench.dense_metrics("report"),
+            "compressed": bench.measure(chosen, bank, "report").metrics,
+        },
+    }
+    observer.stage(f"exporting as {target}")
+    return export_policy(
+        bench,
+        bank,
+        chosen,
+        place=Path(out),
+        target=target,
+        record=record,
+        plugins=plugins,
+        force=force,
+    )
+
+
+def evaluate(
+    model: str,
+    *,
+    policy: str | Path | Policy | None = None,
+    task: str = "causal-lm",
+    text: TextConfig | None = None,
+    target: str = "packed",
+    plugins: Sequence[str] = (),
+    observer: Observer | None = None,
+) -> dict[str, dict[str, float]]:
+    """Measure a model on the report split, and a policy on it.
+
+    Args:
+        model: Folder, hub id, GGUF file or ``demo``.
+        policy: A policy, or the path of a ``policy.json``; its variants are made on
+            the inputs that its own compressed blocks give.
+        task: What the model is for.
+        text: Which text.
+        target: Export target, for sizes.
+        plugins: Modules to load beside the installed plugins.
+        observer: Hears of stages.
+
+    Returns:
+        Metrics of ``dense``, and of ``policy`` if one is given.
+
+    Raises:
+        PolicyError: If the policy does not fit the model.
+    """
+    observer = observer or Observer()
+    observer.stage("loading model and text")
+    bench = _open(load_plugins(plugins), model, task, text or TextConfig(), target)
+    observer.stage("measuring the dense model")
+    found = {"dense": bench.dense_metrics("report")}
+    if policy is not None:
+        chosen = policy if isinstance(policy, Policy) else read_policy(policy)
+        chosen = bench.actions.canonical_policy(chosen)
+        bank = bench.bank(chosen)
+        observer.stage("making variants")
+        bank.make(bench.per_layer(chosen).items(), observer.advance)
+        observer.stage("measuring the policy")
+        found["policy"] = bench.measure(chosen, bank, "report").metrics
+    return found
+
+
+def read_policy(path: str | Path) -> Policy:
+    """Read a policy from a file.
+
+    Raises:
+        PolicyError: If the file is missing or holds no policy.
+    """
+    try:
+        return Policy.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"cannot read the policy {path}: {error}") from error
+
+
+def _open(
+    plugins: Plugins, model: str, task: str, text: TextConfig, target: str
+) -> Workbench:
+    return Workbench.open(
+        plugins, model=model, task=task, text=text, target=target, seed=SEED
+    )
