@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from autoprune.compression.masks import kept_by_pattern
-from autoprune.compression.store import VariantStore
+from autoprune.compression.store import DEFAULT_CAP_GB, VariantStore, cap_bytes
 from autoprune.compression.variant import Variant
 from autoprune.errors import StoreError
 
@@ -273,3 +273,24 @@ def test_two_processes_may_write_the_same_variants(cap: int, tmp_path: Path) -> 
         if cap == LARGE:
             assert same(found, Variant.dense(torch.full((16, 16), float(number))))
     assert not list(tmp_path.glob("*/*.part"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", None), ("0.5", 5 * 10**8), ("3", 3 * 10**9)]
+)
+def test_the_cap_may_be_set(
+    text: str, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AUTOPRUNE_STORE_GB", raising=False)
+    if text:
+        monkeypatch.setenv("AUTOPRUNE_STORE_GB", text)
+    assert cap_bytes() == (expected or int(DEFAULT_CAP_GB * 1e9))
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "much", "nan", "inf", "20GB"])
+def test_an_impossible_cap_is_refused(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOPRUNE_STORE_GB", text)
+    with pytest.raises(StoreError, match=f"positive number .* found '{text}'"):
+        cap_bytes()
