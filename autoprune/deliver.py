@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.compression.bank import VariantBank
+from autoprune.errors import RunError
 from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.folder import write_export
@@ -17,6 +18,7 @@ from autoprune.reporting.observer import Observer
 from autoprune.searching import objective as objectives
 from autoprune.searching.plan import Plan
 from autoprune.searching.runs import (
+    check_unchanged,
     read_config,
     read_trial,
     read_trials,
@@ -68,7 +70,8 @@ def export(
         observer: Hears of stages.
 
     Raises:
-        RunError: If the folder holds no run, or not what is asked for.
+        RunError: If the folder holds no run, or not what is asked for; or model, text
+            or methods have changed since.
         ExportError: If an export cannot be written or fails its verification.
     """
     folder = Path(run_dir)
@@ -82,6 +85,7 @@ def export(
     plan = Plan.make(config, load_plugins(config.plugins))
     name = target or config.export
     plan.plugins.get("exporters", name)
+    check_unchanged(folder, plan.fingerprint)
     found = _chosen(plan, folder, trial=trial, whole_front=front)
     reports = []
     for record, policy, bank in found:
@@ -177,13 +181,16 @@ def _chosen(
     """Find what to export: record, policy, and the bank that it was measured with."""
     if whole_front:
         trials = objectives.front_in(read_trials(folder), plan.front_goals)
+        if not trials:
+            raise RunError(f"{folder} has no trial that keeps every limit, so no front")
     elif trial is not None:
         trials = [read_trial(folder, trial)]
     else:
         winner = read_winner(folder)
         policy = Policy.from_dict(winner)
-        reference = winner["reference"] and Policy.from_dict(winner["reference"])
-        return [(winner, policy, plan.bench.bank(reference))]
+        reference = winner.get("reference")
+        bank = plan.bench.bank(Policy.from_dict(reference) if reference else None)
+        return [(winner, policy, bank)]
     found = []
     for one in trials:
         measured = plan.bench.measure(one.policy, plan.bank, "report").metrics

@@ -14,15 +14,22 @@ import pandas as pd
 import yaml
 
 from autoprune.config import RunConfig
-from autoprune.errors import BudgetError, ConfigError, RunError, unknown_name
+from autoprune.errors import ConfigError, RunError, unknown_name
 from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.observer import SEARCHING, Observer
-from autoprune.searching.finals import Candidate, Finalist, rank, report, resolve_anew
+from autoprune.searching.finals import (
+    RIVAL,
+    Finalist,
+    best_so_far,
+    rank,
+    report,
+    resolve_anew,
+    take_candidates,
+)
 from autoprune.searching.ledger import Ledger
-from autoprune.searching.objective import front
 from autoprune.searching.plan import Plan
 from autoprune.searching.rows import Trial
 from autoprune.searching.study import run_study
@@ -33,9 +40,6 @@ RUNS = Path("results/runs")
 
 SPACES = "autoprune_spaces"
 """The package of the spaces that ship: the folder ``search_spaces``."""
-
-RIVAL = "uniform"
-"""How the origin of a plain rival begins."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +95,8 @@ def search(
 
     Raises:
         ConfigError: If the configuration is wrong or no policy meets the budgets.
-        RunError: If the run folder belongs to another run, or is in use.
+        RunError: If the run folder belongs to another run, or is in use; or the time
+            budget ends before the first trial.
         AutoPruneError: If model, text or a plugin fails.
     """
     began = time.monotonic()
@@ -130,8 +135,8 @@ def search(
         )
         ledger.write_tables()
         if ended == "stopped":
-            policy = _best_so_far(plan, ledger.trials())
-            return SearchResult(folder, policy, {}, ledger.frame(), ended)
+            best_now = best_so_far(ledger.trials(), plan.objective)
+            return SearchResult(folder, best_now, {}, ledger.frame(), ended)
         observer.stage("choosing among finalists")
         winner, finals = _conclude(plan, ledger.trials(), observer)
         record = _record(plan, winner, finals)
@@ -185,7 +190,14 @@ def _conclude(
     plan: Plan, trials: list[Trial], observer: Observer
 ) -> tuple[Finalist, dict[str, Any]]:
     """Choose on text the search never saw; report on text that nothing ever saw."""
-    candidates = _candidates(plan, trials)
+    if not trials:
+        raise RunError(
+            f"the time budget of {plan.config.search.budget:g} s ended before the "
+            "first trial. Give more; the variants are kept, not made again"
+        )
+    candidates = take_candidates(
+        trials, plan.objective, count=plan.config.search.finalists
+    )
     cost = plan.cost("choice")
     ranked = rank(plan.bench, plan.bank, candidates, cost)
     rivals = [f for f in ranked if f.candidate.origin.startswith(RIVAL)]
@@ -229,37 +241,6 @@ def _sizes(bench: Workbench, policy: Policy) -> dict[str, int]:
         name: exporter.size_bytes(storages, bench.untouched)
         for name, exporter in exporters.items()
     }
-
-
-def _ordered(plan: Plan, trials: list[Trial]) -> list[Trial]:
-    """List the trials that keep every limit, the best first; of a front, all of it."""
-    if len(plan.objective.goals) > 1:
-        return front(trials, plan.objective)
-    feasible = [trial for trial in trials if trial.feasible]
-    return sorted(feasible, key=plan.objective.costs)
-
-
-def _best_so_far(plan: Plan, trials: list[Trial]) -> Policy | None:
-    """Take the policy of the best trial; from a front, that of the best reward."""
-    order = _ordered(plan, trials)
-    if len(plan.objective.goals) > 1:
-        order.sort(key=lambda trial: -trial.metrics["reward"])
-    return order[0].policy if order else None
-
-
-def _candidates(plan: Plan, trials: list[Trial]) -> list[Candidate]:
-    """Take the best trials, and the best of the plain rivals with them."""
-    order = _ordered(plan, trials)
-    if not order:
-        raise BudgetError(
-            f"none of {len(trials)} trials kept every limit of "
-            f"{[limit.metric for limit in plan.objective.limits]}. Relax the limits, "
-            "or search longer"
-        )
-    chosen = order[: plan.config.search.finalists]
-    rivals = [trial for trial in order if trial.origin.startswith(RIVAL)]
-    chosen += [trial for trial in rivals[:1] if trial not in chosen]
-    return [Candidate(t.number, t.origin, t.policy) for t in chosen]
 
 
 def _record(plan: Plan, winner: Finalist, finals: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def read_policy(path: str | Path) -> Policy:
     """
     try:
         return Policy.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, PolicyError) as error:
         raise PolicyError(f"cannot read the policy {path}: {error}") from error
 
 

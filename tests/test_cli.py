@@ -17,7 +17,14 @@ from typer.testing import CliRunner, Result
 from autoprune.cli import app
 
 SPACE: dict[str, Any] = {
-    "text": {"window": 64, "statistics": 4, "fitness": 2, "choice": 2, "report": 2},
+    "text": {
+        "source": "file:book.txt",
+        "window": 64,
+        "statistics": 4,
+        "fitness": 2,
+        "choice": 2,
+        "report": 2,
+    },
     "space": [
         {"actions": ["rtn(bits=[3, 4], group=64)", "magnitude(sparsity=0.5)"]},
         {"sites": "embedding", "actions": ["dense"]},
@@ -38,8 +45,13 @@ def must(*arguments: str | Path) -> Result:
 
 
 def write_space(folder: Path, model: Path, **changes: Any) -> Path:
+    """Write a space and its text; tests of other texts would take far longer."""
+    chapters = [f"Chapter {i}. " + f"It rained {i} days. " * 30 for i in range(60)]
+    (folder / "book.txt").write_text("\n\n".join(chapters))
+    text = SPACE["text"] | {"source": f"file:{folder / 'book.txt'}"}
+    data = {"model": str(model), **SPACE, "text": text} | changes
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({"model": str(model), **SPACE, **changes}))
+    path.write_text(yaml.safe_dump(data))
     return path
 
 
@@ -78,7 +90,7 @@ def test_help_imports_nothing_heavy() -> None:
         "    assert CliRunner().invoke(app, asked).exit_code == 0\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
-    heavy = {"torch", "pandas", "optuna", "transformers", "numpy", "pydantic", "pluggy"}
+    heavy = {"torch", "pandas", "optuna", "transformers", "numpy", "yaml"}
     assert not heavy & set(fresh("-c", code).split())
 
 
@@ -120,18 +132,29 @@ def test_json_is_all_that_stands_on_standard_output(space: Path) -> None:
 
 
 def test_options_stand_in_place_of_the_file(
-    space: Path, tmp_path: Path, tiny_checkpoint: Path
+    space: Path,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    book = tmp_path / "book.txt"
-    book.write_text(
-        "\n\n".join(f"Chapter {i}. " + "It rained. " * 40 for i in range(60))
-    )
+    book = (tmp_path / "book.txt").rename(tmp_path / "other.txt")
     write_space(tmp_path, Path("/no/such/model"), search={"budget": "1s"})
+    (tmp_path / "watcher_for_cli.py").write_text(
+        "import autoprune\n"
+        "@autoprune.hookimpl\n"
+        "def trial_finished(trial, run_dir):\n"
+        "    (run_dir / f'seen-{trial.number}').touch()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     must(
         *("search", space, "--model", tiny_checkpoint, "--run", "here"),
         *("--trials", "2", "--size", "60%", "--sampler", "tpe", "--seed", "3"),
-        *("--text", f"file:{book}", "--plugin", "json"),
+        *("--text", f"file:{book}", "--plugin", "watcher_for_cli"),
     )
+    assert sorted(path.name for path in Path("here").glob("seen-*")) == [
+        "seen-0",
+        "seen-1",
+    ]
     config = yaml.safe_load(Path("here/config.yaml").read_text())
     assert config["model"] == str(tiny_checkpoint)
     assert config["search"]["trials"] == 2
@@ -142,12 +165,19 @@ def test_options_stand_in_place_of_the_file(
         "size_bytes": {"value": 0.6, "relative": True}
     }
     assert config["text"]["source"] == f"file:{book}"
-    assert config["plugins"] == ["json"]
+    assert config["plugins"] == ["watcher_for_cli"]
 
 
 def test_a_time_budget_ends_the_search(space: Path) -> None:
-    found = json.loads(must("search", space, "--budget", "1s", "--json").stdout)
-    assert found["ended"] == "time"
+    must("search", space, "--trials", "2")
+    found = json.loads(must("search", space, "--budget", "0.01s", "--json").stdout)
+    assert (found["ended"], found["trials"]) == ("time", 2)
+
+
+def test_a_budget_without_time_for_a_trial_says_so(space: Path) -> None:
+    result = run("search", space, "--budget", "0.01s")
+    assert result.exit_code == 1
+    assert "the time budget of 0.01 s ended before the first trial" in result.stderr
 
 
 def test_the_same_command_goes_on(space: Path) -> None:
@@ -336,8 +366,8 @@ def read(terminal: int) -> bytes:
 def test_ctrl_c_stops_after_the_trial_and_nothing_is_lost(
     space: Path, tiny_checkpoint: Path
 ) -> None:
-    text = SPACE["text"] | {"fitness": 64}
     search = {"sampler": "random", "trials": 1000}
+    text = SPACE["text"] | {"source": "builtin", "fitness": 64}
     write_space(space.parent, tiny_checkpoint, text=text, search=search)
     code, said = in_terminal(
         "search", "tiny.yaml", cwd=space.parent, press_after="3/1000"

@@ -27,9 +27,11 @@ FLOORS = {
     "searching": 5,
     "reporting": 6,
     "run": 7,
-    "cli": 8,
-    "testing": 9,  # for plugin authors: it may use every room, and none uses it
-    "__init__": 9,  # the public names; looked up from inside, it would hide a climb
+    "deliver": 7,
+    "transfer": 8,
+    "cli": 9,
+    "testing": 10,  # for plugin authors: it may use every room, and none uses it
+    "__init__": 10,  # the public names; looked up from inside, it would hide a climb
 }
 """Floor of every room. Rooms of one floor do not import each other, but floor 0."""
 

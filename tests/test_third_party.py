@@ -31,7 +31,7 @@ MODULE = '''
 
 import torch
 
-from autoprune import CompressionMethod, Parameter, hookimpl
+from autoprune import CompressionMethod, MethodError, Parameter, hookimpl
 
 
 class Stripes(CompressionMethod):
@@ -49,6 +49,9 @@ class Stripes(CompressionMethod):
         return previous.masked(layer.numel // settings["every"], "bitmap")
 
     def compress(self, sources, statistics, settings):
+        for source in sources:
+            if not source.variant.weight.isfinite().all():
+                raise MethodError(f"{source.layer.name} holds NaN or infinite weights")
         return [[self._stripe(s.variant, one["every"]) for one in settings]
                 for s in sources]
 
@@ -153,7 +156,7 @@ def test_it_is_named_refused_priced_and_made(site: Path, tiny_checkpoint: Path) 
     """
     told = run_with(site, code, str(tiny_checkpoint), str(site / "cache")).splitlines()
     # Of 64 x 128 weights a quarter is kept: 32 of 128 columns.
-    assert told[0] == "stripes(every=4) + rtn(group=16) | 2048 32"
+    assert told[0] == "stripes(every=4) + rtn(bits=4, group=16) | 2048 32"
     assert told[1] == "every=3 does not divide its 128 inputs"
     assert told[2].startswith(
         "unknown parameter of stripes 'evry'. Did you mean 'every'"

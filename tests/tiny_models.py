@@ -66,9 +66,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Settings of a small model, by model type."""
 
 
-def tiny(kind: str) -> PreTrainedModel:
+def tiny(kind: str, **changes: Any) -> PreTrainedModel:
     """Make the model of a type, the same at every call."""
-    settings = CONFIGS[kind]
+    settings = CONFIGS[kind] | changes
     if kind in ("gpt2", "opt", "bert"):
         names = ("head_dim", "num_key_value_heads", "intermediate_size")
         unknown = names if kind == "opt" else names[:2]

@@ -24,6 +24,7 @@ class StitchedModel:
     Attributes:
         model: The model, as it stands now.
         actions: What is on each layer now.
+        bank: Name of the bank whose variants these are; None before there is one.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class StitchedModel:
         self.model = model
         self.layers = layers
         self.actions: dict[Layer, Action] = dict.fromkeys(layers, DENSE)
+        self.bank: str | None = None
         self._dense: dict[Layer, Tensor] = {}
         # Weights whose stored type the computation does not hold are kept as stored.
         if compute_dtype is not None:
@@ -83,6 +85,16 @@ class StitchedModel:
             self.model, layer, self._dense[layer] if weight is None else weight
         )
         self.actions[layer] = action
+
+    def claim(self, bank: str) -> None:
+        """Take off the variants of other banks: equal actions differ in weights there.
+
+        Args:
+            bank: Name of the bank that is about to write.
+        """
+        if self.bank != bank:
+            self.restore()
+            self.bank = bank
 
     def restore(self) -> None:
         """Make the whole model dense again."""

@@ -86,6 +86,7 @@ class VariantBank:
 
     def put(self, wanted: Mapping[Layer, Action]) -> int:
         """Put a policy's variants on the model; tell how many layers were rewritten."""
+        self.stitched.claim(self.name)
         changes = self.stitched.changes(wanted)
         self.make(changes.items())
         for layer, action in changes.items():
@@ -123,6 +124,7 @@ class VariantBank:
             self._make_group((layer,), actions, NO_STATISTICS)
         streamed = [pair for pair in missing if self.actions.needs(pair[1])]
         if streamed:
+            self.stitched.claim(self.name)
             before = dict(self.stitched.actions)
             self.stitched.restore()
             try:

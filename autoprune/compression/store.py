@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -46,7 +47,7 @@ def cap_bytes() -> int:
         gigabytes = float(text)
     except ValueError:
         gigabytes = 0.0
-    if not gigabytes > 0:
+    if not 0 < gigabytes < math.inf:
         raise StoreError(
             f"AUTOPRUNE_STORE_GB must be a positive number of gigabytes, found {text!r}"
         )

@@ -1,14 +1,14 @@
 """How far a compressed model is from the dense one, on the same tokens.
 
 The divergence is KL(dense || compressed) per token. Of the dense model only its final
-vectors are kept, not its logits. For a linear head shared by both, logits
-``z = W h + b``, and the dense probabilities ``p``::
+vectors are kept, not its logits. With a linear head shared by both, logits
+``z = W h + b``, and the probabilities ``p`` of the dense model, whose vector is ``d``::
 
-    KL = sum p log p  -  (sum p W) h  -  sum p b  +  logsumexp(W h + b)
+    KL = (sum p W) (d - h)  +  logsumexp(W h + b)  -  logsumexp(W d + b)
 
-The first three factors do not change between policies: a number and one vector of the
-hidden size per token. A policy then costs one product with the head and one
-``logsumexp``, and no distribution is ever formed; the value is the same.
+``sum p W`` and what depends on ``d`` do not change between policies: one vector of the
+hidden size and a number per token. A policy then costs one product with the head and
+one ``logsumexp``, and no distribution is ever formed; the value is the same.
 """
 
 import math
@@ -68,8 +68,9 @@ class _Remembered:
 
     batch: Batch
     features: Float[Tensor, "positions hidden"]
-    expected: Float[Tensor, "positions hidden"]  # sum p W: what the cross term needs
-    offset: Float[Tensor, " positions"]  # sum p log p - sum p b
+    expected: Float[Tensor, "positions hidden"]  # sum p W
+    cross: Float[Tensor, " positions"]  # (sum p W) d
+    log_sum: Float[Tensor, " positions"]  # logsumexp(W d + b)
 
 
 class Teacher:
@@ -142,18 +143,16 @@ class Teacher:
 
     def _remember(self, model: nn.Module, batch: Batch) -> _Remembered:
         features = self.task.features(model, batch)
-        expected, offset = [], []
-        for _, logits in _logits(self.head, features):
-            p = logits.softmax(-1)
-            # float32 leaves the sum of p 1e-5 short of 1, which weighs as much as the
-            # logits are large: without this, the dense model is not at KL 0.
-            p /= p.sum(-1, keepdim=True, dtype=torch.float64).float()
-            expected.append(p @ self.head.weight)
-            constant = (p * logits).sum(-1) - logits.logsumexp(-1)
-            if self.head.bias is not None:
-                constant = constant - p @ self.head.bias * self.head.scale
-            offset.append(constant)
-        return _Remembered(batch, features, torch.cat(expected), torch.cat(offset))
+        expected, cross, log_sum = [], [], []
+        for rows, logits in _logits(self.head, features):
+            mean = logits.softmax(-1) @ self.head.weight
+            expected.append(mean)
+            # The same operations as for a policy: their rounding errors cancel, and
+            # the dense model is at KL 0 exactly.
+            cross.append(_cross(mean, features[rows], self.head))
+            log_sum.append(logits.logsumexp(-1))
+        columns = (torch.cat(column) for column in (expected, cross, log_sum))
+        return _Remembered(batch, features, *columns)
 
     def _compare(
         self, part: _Remembered, features: Tensor, head: Head, *, linear: bool
@@ -165,8 +164,8 @@ class Teacher:
             labels = part.batch.labels[rows]
             nll.append(log_sum - logits.gather(1, labels[:, None])[:, 0])
             if linear:
-                cross = (part.expected[rows] * features[rows].float()).sum(-1)
-                kl.append(part.offset[rows] - cross * head.scale + log_sum)
+                cross = _cross(part.expected[rows], features[rows], head)
+                kl.append(part.cross[rows] - cross + (log_sum - part.log_sum[rows]))
             else:
                 with _precision(features):
                     log_p = self.head.logits(part.features[rows]).log_softmax(-1)
@@ -177,6 +176,11 @@ class Teacher:
             torch.stack([x.mean() for x in torch.split(torch.cat(values), counts)])
             for values in (kl, nll)
         )  # type: ignore[return-value]
+
+
+def _cross(mean: Tensor, features: Tensor, head: Head) -> Tensor:
+    """Give ``(sum p W) h``, with the head's factor of the logits."""
+    return (mean * features.float()).sum(-1) * head.scale
 
 
 def _check_head(task: Task, model: nn.Module, batch: Batch) -> None:
@@ -220,7 +224,8 @@ def _first(part: _Remembered, windows: int) -> _Remembered:
         Batch(inputs, scored, part.batch.labels[:count]),
         part.features[:count],
         part.expected[:count],
-        part.offset[:count],
+        part.cross[:count],
+        part.log_sum[:count],
     )
 
 

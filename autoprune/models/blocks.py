@@ -1,7 +1,7 @@
 """A model run block by block, so that only one block's activations are ever held."""
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,7 +148,11 @@ class BlockRunner:
         finished = []
         for ids, leaving in zip(self._batches, hidden, strict=True):
             calls = self._recorded(ids.shape)
-            with _answering(self._blocks, calls, leaving):
+            answers = {
+                block: partial(_answer, _in_form(leaving, call))
+                for block, call in zip(self._blocks, calls, strict=True)
+            }
+            with _answering(answers):
                 output = self._run_body(ids)
             if getattr(output, "last_hidden_state", None) is None:
                 raise ModelError(
@@ -196,8 +200,19 @@ class BlockRunner:
                 block.register_forward_hook(partial(record, i), with_kwargs=True)
                 for i, block in enumerate(self._blocks)
             ]
+            # What a block is given does not depend on what the one before it computed,
+            # so only the first of each kind is run, to see in which form it answers.
+            kinds = [type(block) for block in self._blocks]
+            first = [kinds.index(kind) for kind in kinds]
+            skipped = {
+                block: partial(_pass_on, block, calls, first[index])
+                for index, block in enumerate(self._blocks)
+                if first[index] < index
+            }
             try:
-                self._run_body(next(ids for ids in self._batches if ids.shape == shape))
+                with _answering(skipped):
+                    ids = next(ids for ids in self._batches if ids.shape == shape)
+                    self._run_body(ids)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -243,23 +258,31 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def _answering(
-    blocks: Sequence[nn.Module], calls: Sequence[_Call], hidden: Tensor
-) -> Iterator[None]:
-    """Let every block give ``hidden`` for a while, whatever it is given."""
+def _answering(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let blocks answer in another way for a while."""
     # Only an attribute of the instance spares the blocks' own work and still lets the
     # model do what it does before and after them.
-    before = [vars(block).get("forward") for block in blocks]
-    for block, call in zip(blocks, calls, strict=True):
-        answer = hidden if call.extra is None else (hidden, *[None] * call.extra)
-        vars(block)["forward"] = partial(_answer, answer)
+    before = {block: vars(block).get("forward") for block in forwards}
+    for block, forward in forwards.items():
+        vars(block)["forward"] = forward
     try:
         yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
+        for block, own in before.items():
             del vars(block)["forward"]
-            if forward is not None:
-                vars(block)["forward"] = forward
+            if own is not None:
+                vars(block)["forward"] = own
+
+
+def _pass_on(
+    block: nn.Module, calls: Mapping[int, _Call], alike: int, *args: Any, **kwargs: Any
+) -> Any:
+    """Give what enters a block, in the form in which block ``alike`` answers."""
+    return _in_form(_split(block, args, kwargs)[0], calls[alike])
+
+
+def _in_form(hidden: Tensor, call: _Call) -> Any:
+    return hidden if call.extra is None else (hidden, *[None] * call.extra)
 
 
 def _answer(answer: Any, *args: Any, **kwargs: Any) -> Any:

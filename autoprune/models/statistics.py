@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ NO_STATISTICS = InputStatistics(0)
 """For methods that need none."""
 
 
+_STRIPS = 4
+"""Most strips of a Hessian: four save 3/8 of its products, and half of the time."""
+
+_STRIP = 192
+"""Fewest rows of a strip; below, the products grow slower than they shrink."""
+
+
 class Gathering:
     """Adds up statistics of one input, batch by batch.
 
@@ -57,11 +65,23 @@ class Gathering:
             # Numbers that came as bfloat16 are products without rounding error in
             # bfloat16 units with float32 sums: several times faster, and exact.
             with matmul_precision("bf16" if inputs.dtype == torch.bfloat16 else "ieee"):
-                self.hessian.addmm_(full.T, full)
+                self._add_products(full)
 
     def result(self) -> InputStatistics:
         """Give the sums so far."""
-        return InputStatistics(self.tokens, self.square_sum, self.hessian)
+        hessian = self.hessian
+        if hessian is not None:
+            hessian = hessian.triu() + hessian.triu(1).T
+        return InputStatistics(self.tokens, self.square_sum, hessian)
+
+    def _add_products(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        """Add to the upper half of the Hessian, strip by strip; the rest repeats it."""
+        assert self.hessian is not None
+        width = inputs.shape[1]
+        step = max(_STRIP, ceil(width / _STRIPS))
+        for start in range(0, width, step):
+            strip = inputs[:, start : start + step]
+            self.hessian[start : start + step, start:] += strip.T @ inputs[:, start:]
 
 
 @contextmanager

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoprune.config import RunConfig
 from autoprune.errors import RunError
 from autoprune.plugins import load_plugins
 from autoprune.searching.formulate import front_goals, goals_of
-from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Direction, Objective, front_in
 from autoprune.searching.rows import Trial
-
-CONFIG = "config.yaml"
-FINALS = "finals.json"
+from autoprune.searching.runs import FINALS, read_config, read_trials
 
 SHOWN = 5
 """Best trials that are told of where one metric decides."""
@@ -54,9 +50,8 @@ class RunStatus:
             ConfigError: If its configuration cannot be read.
             PluginError: If one of its plugins is not there.
         """
-        with Ledger.read(run_dir) as ledger:
-            trials = ledger.trials()
-        config = RunConfig.from_yaml(run_dir / CONFIG)
+        trials = read_trials(run_dir)
+        config = read_config(run_dir)
         metrics = load_plugins(config.plugins).objects["metrics"]
         goals = goals_of(metrics, config.objective)
         best: list[Trial] = []

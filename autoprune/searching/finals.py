@@ -10,10 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoprune.compression.bank import VariantBank
+from autoprune.errors import BudgetError
 from autoprune.evaluation.workbench import Measured, Workbench
 from autoprune.policy import Policy
+from autoprune.searching.objective import Objective, front
+from autoprune.searching.rows import Trial
 
 Progress = Callable[[int, int], None]
+
+RIVAL = "uniform"
+"""How the origin of a plain rival begins."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +57,60 @@ class Finalist:
     def reference(self) -> Policy | None:
         """The reference policy, where it is the candidate itself."""
         return self.candidate.policy if self.resolved else None
+
+
+def take_candidates(
+    trials: Sequence[Trial], objective: Objective, *, count: int
+) -> list[Candidate]:
+    """Take the best trials, and the best of the plain rivals with them.
+
+    Args:
+        trials: All trials, at least one.
+        objective: What is wanted; from a front, the reward picks.
+        count: How many, the rival aside.
+
+    Raises:
+        BudgetError: If none is complete and keeps every limit.
+    """
+    order = _ordered(trials, objective)
+    if not order:
+        raise BudgetError(_why_none(trials, objective))
+    chosen = order[:count]
+    rivals = [trial for trial in order if trial.origin.startswith(RIVAL)]
+    chosen += [trial for trial in rivals[:1] if trial not in chosen]
+    return [Candidate(t.number, t.origin, t.policy) for t in chosen]
+
+
+def best_so_far(trials: Sequence[Trial], objective: Objective) -> Policy | None:
+    """Take the policy of the best trial; from a front, that of the best reward."""
+    order = _ordered(trials, objective)
+    return order[0].policy if order else None
+
+
+def _ordered(trials: Sequence[Trial], objective: Objective) -> list[Trial]:
+    """List the trials that keep every limit, the best first; a front by reward."""
+    if len(objective.goals) > 1:
+        beaten_by_none = front(trials, objective)
+        return sorted(beaten_by_none, key=lambda trial: -trial.metrics["reward"])
+    feasible = [trial for trial in trials if trial.feasible]
+    return sorted(feasible, key=objective.costs)
+
+
+def _why_none(trials: Sequence[Trial], objective: Objective) -> str:
+    """Say why no trial can win, and what to do."""
+    found = [trial for trial in trials if trial.state == "complete"]
+    if not found:
+        return (
+            f"none of {len(trials)} trials is complete; the last one: "
+            f"{trials[-1].error or trials[-1].state}. Allow milder actions"
+        )
+    limits = ", ".join(f"{x.metric} {x.value:.6g}" for x in objective.limits)
+    nearest = min(found, key=lambda trial: max(trial.constraints.values()))
+    near = ", ".join(f"{n} {nearest.metrics[n]:.6g}" for n in nearest.constraints)
+    return (
+        f"none of {len(trials)} trials kept every limit ({limits}); the nearest, trial "
+        f"{nearest.number}, has {near}. Relax the limits, or search longer"
+    )
 
 
 def rank(

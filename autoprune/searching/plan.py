@@ -70,6 +70,7 @@ class Plan:
             seed=config.search.seed,
             cache=cache,
         )
+        _check_reward(config, bench, reward)
         problem = formulate(bench, config.space, config.objective.budgets)
         found = plugins.notify("propose_policies", problem=problem)
         proposals = tuple(proposal for several in found for proposal in several)
@@ -109,8 +110,8 @@ class Plan:
         if needed > cap:
             raise ConfigError(
                 f"the variants of this space take {needed / 1e9:.1f} GB, the cap of "
-                f"the store is {cap / 1e9:.1f} GB. Allow fewer actions, or raise the cap "
-                "with AUTOPRUNE_STORE_GB"
+                f"the store is {cap / 1e9:.1f} GB. Allow fewer actions, or raise the "
+                "cap with AUTOPRUNE_STORE_GB"
             )
 
     def cost(self, split: str) -> Callable[[Measured], float]:
@@ -160,6 +161,15 @@ def _used(plan: Plan) -> Mapping[str, Any]:
 def _reward(config: RunConfig, plugins: Plugins) -> tuple[Reward, dict[str, float]]:
     reward: Reward = plugins.get("rewards", config.objective.reward or DEFAULT_REWARD)
     return reward, dict(config.objective.weights or reward.default_weights)
+
+
+def _check_reward(
+    config: RunConfig, bench: Workbench, reward: tuple[Reward, dict[str, float]]
+) -> None:
+    """Have a reward score the dense model: a wrong weight is told before any trial."""
+    if config.objective.reward:
+        dense = bench.dense_metrics("fitness")
+        reward[0].score(dense, dense, reward[1])
 
 
 def _reference(

@@ -1,11 +1,14 @@
 """Reads what stands in a run folder."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from autoprune.config import RunConfig
-from autoprune.errors import RunError
+from autoprune.errors import PolicyError, RunError
+from autoprune.policy import Policy
+from autoprune.searching.fingerprint import differences
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.rows import Trial
 
@@ -17,6 +20,9 @@ WINNER = "policy.json"
 
 FINALS = "finals.json"
 """Finalists and rivals on the choice and report splits."""
+
+_OF_MACHINE = ("compute_dtype", "bank")
+"""Parts of a fingerprint that another machine may change without any harm."""
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -34,7 +40,7 @@ def read_winner(folder: Path) -> dict[str, Any]:
     """Read the winner and what is recorded with it.
 
     Raises:
-        RunError: If the search has not ended.
+        RunError: If the search has not ended, or the file is damaged.
     """
     path = folder / WINNER
     if not path.exists():
@@ -42,7 +48,17 @@ def read_winner(folder: Path) -> dict[str, Any]:
             f"{folder} has no winner yet: {WINNER} is written when a search ends. Go "
             "on with 'autoprune search', or name a trial"
         )
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        Policy.from_dict(record)
+        if record.get("reference"):
+            Policy.from_dict(record["reference"])
+    except (OSError, ValueError, PolicyError) as error:
+        raise RunError(
+            f"cannot read the winner {path}: {error}. Give the same search command "
+            "again: it writes the file anew from the ledger"
+        ) from error
+    return dict(record)
 
 
 def read_trials(folder: Path) -> list[Trial]:
@@ -68,3 +84,27 @@ def read_trial(folder: Path, number: int) -> Trial:
     raise RunError(
         f"{folder} has no trial {number}; it has {len(trials)}, counted from 0"
     )
+
+
+def check_unchanged(folder: Path, now: Mapping[str, Any]) -> None:
+    """Refuse a run whose model, text or methods are no longer what they were.
+
+    Args:
+        folder: The run folder.
+        now: The fingerprint that its configuration gives today.
+
+    Raises:
+        RunError: If it differs from the run's; tells where.
+    """
+    with Ledger.read(folder) as ledger:
+        then = ledger.fingerprint
+    both = [json.loads(json.dumps(dict(one))) for one in (then, now)]
+    for one in both:
+        for key in _OF_MACHINE:
+            one.pop(key, None)
+    if lines := differences(*both):
+        raise RunError(
+            f"what the run {folder} was made with has changed:\n  "
+            + "\n  ".join(lines)
+            + "\nBring that back, or search again in another run folder."
+        )

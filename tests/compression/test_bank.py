@@ -170,6 +170,30 @@ def test_only_changed_layers_are_rewritten(bench: Bench) -> None:
     assert changed == {second, third}
 
 
+def test_equal_actions_of_two_banks_are_two_weights(bench: Bench) -> None:
+    """Whether their variants are made now or lie in the store."""
+    last = bench.layers[-1]
+    wanted = {last: CURVE}
+    reference = {layer: EARLY for layer in bench.layers if layer.block == 0}
+    banks = [bench.bank(), bench.bank(reference)]
+    expected = [bank.get(last, CURVE).weight for bank in banks]
+    assert not torch.equal(*expected)
+    for _ in range(2):
+        for bank, weight in zip(banks, expected, strict=True):
+            assert bank.put(wanted) == 1
+            assert torch.equal(read_weight(bench.model, last), weight)
+            assert bank.put(wanted) == 0
+
+
+def test_making_for_one_bank_leaves_nothing_wrong_for_another(bench: Bench) -> None:
+    layer, other = bench.layers[-1], bench.layers[-2]
+    one, two = bench.bank(), bench.bank({bench.layers[0]: EARLY})
+    one.put({layer: CURVE})
+    two.make([(other, CURVE)])
+    one.put({layer: CURVE})
+    assert torch.equal(read_weight(bench.model, layer), one.get(layer, CURVE).weight)
+
+
 def test_a_variant_is_made_once(bench: Bench) -> None:
     layer = bench.layers[0]
     pairs = [(layer, EARLY), (layer, NORM), (layer, DENSE), (layer, EARLY)]

@@ -56,8 +56,14 @@ def plain(
     return torch.stack(kl), torch.stack(nll)
 
 
-def set_softcap(model: Any, cap: float) -> None:
-    model.config.final_logit_softcapping = cap
+def make(kind: str, settings: dict[str, float]) -> Any:
+    model: Any = tiny(kind)
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    if std := settings.get("head_bias"):
+        noise = torch.randn(64, generator=torch.Generator().manual_seed(5))
+        model.lm_head.bias = nn.Parameter(std * noise, requires_grad=False)
+    return model
 
 
 CASES = {
@@ -66,6 +72,7 @@ CASES = {
     "bias": ("bert", {}),
     "softcap": ("gemma2", {"final_logit_softcapping": 3.0}),
     "scale": ("granite", {"logits_scaling": 4.0}),
+    "scaled-bias": ("granite", {"logits_scaling": 4.0, "head_bias": 3.0}),
     "experts": ("mixtral", {}),
     "conv1d": ("gpt2", {}),
 }
@@ -76,10 +83,7 @@ CASES = {
 def test_divergence_and_loss_equal_the_plain_formulas(
     kind: str, settings: dict[str, float], embedding: bool
 ) -> None:
-    dense, model = tiny(kind), tiny(kind)
-    for name, value in settings.items():
-        setattr(dense.config, name, value)
-        setattr(model.config, name, value)
+    dense, model = make(kind, settings), make(kind, settings)
     task, text = task_of(kind), windows()
     teacher = Teacher(task, model, text, tokenizer=MASK, batch=2)
     disturb(model, embedding=embedding)
@@ -96,21 +100,24 @@ def test_divergence_and_loss_equal_the_plain_formulas(
 def test_the_dense_model_does_not_diverge(
     kind: str, settings: dict[str, float]
 ) -> None:
-    model = tiny(kind)
-    for name, value in settings.items():
-        setattr(model.config, name, value)
+    model = make(kind, settings)
     teacher = Teacher(task_of(kind), model, windows(), tokenizer=MASK)
     assert teacher.dense.kl.abs().max() < 1e-5
     assert torch.equal(teacher.measure(model).nll, teacher.dense.nll)
 
 
-def test_the_dense_model_does_not_diverge_at_many_words_and_large_logits() -> None:
-    model = tiny("llama")
-    model.lm_head = nn.Linear(32, 49_152, bias=False).requires_grad_(False)
-    generator = torch.Generator().manual_seed(3)
-    model.lm_head.weight.normal_(std=3.0, generator=generator)
+def test_many_words_and_large_logits_lose_no_precision() -> None:
+    dense, model = tiny("llama"), tiny("llama")
+    head = nn.Linear(32, 49_152).requires_grad_(False)
+    head.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(3))
+    head.bias.fill_(64.0)
+    dense.lm_head = model.lm_head = head
     teacher = Teacher(CausalLM(), model, windows(2), tokenizer=None)
-    assert teacher.dense.kl.abs().max() < 1e-5
+    assert not teacher.dense.kl.any()
+    disturb(model)
+    kl, _ = plain(CausalLM(), dense, model, windows(2))
+    found = teacher.measure(model).kl.double()
+    torch.testing.assert_close(found, kl, rtol=1e-5, atol=2e-5)
 
 
 def test_bfloat16_is_measured_as_it_computes() -> None:

@@ -1,0 +1,228 @@
+"""Policies of a run become folders that load, each verified by a fresh process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import config_of, save_tiny, write_text
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+import autoprune
+from autoprune.config import RunConfig
+from autoprune.deliver import ExportReport, export
+from autoprune.errors import ExportError, ModelError, PluginError, RunError
+from autoprune.plugins import load_plugins
+from autoprune.policy import Policy
+from autoprune.run import SearchResult, search
+from autoprune.searching.plan import Plan
+from autoprune.searching.runs import read_trials, read_winner
+
+IDS = torch.arange(40, 72)[None]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def config(tiny_checkpoint: Path, text: str) -> RunConfig:
+    # Coarse, so that the front stays short: each of its exports takes a new process.
+    return config_of(
+        tiny_checkpoint,
+        text,
+        space=[{"actions": ["gptq(bits=[3, 8], group=16)", "wanda(pattern=2:4)"]}],
+        search={"trials": 3, "finalists": 1},
+        objective={"budgets": {"size_bytes": "60%"}},
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> SearchResult:
+    """A search that has ended; exports go elsewhere."""
+    return search(config, tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(scope="module")
+def plan(config: RunConfig) -> Plan:
+    """The same model in this process, to compare exports with."""
+    return Plan.make(config, load_plugins())
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits.float()
+
+
+def expected_logits(plan: Plan, policy: Policy, reference: Policy | None) -> Tensor:
+    """Give the logits of the model in memory with a policy's variants on it."""
+    bank = plan.bench.bank(reference)
+    state = {}
+    model = AutoModelForCausalLM.from_pretrained(plan.bench.checkpoint.folder).eval()
+    modules = dict(model.named_modules())
+    for layer, action in plan.bench.per_layer(policy).items():
+        state[layer.name] = bank.get(layer, action).weight
+        modules[layer.name].weight.data.copy_(state[layer.name])
+    return logits(model)
+
+
+def check_report(report: ExportReport) -> None:
+    """The size is that of the files, and the fresh process found what was measured."""
+    files = list(report.folder.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) == report.size_bytes
+    assert report.verified.size_bytes == report.size_bytes
+    assert report.verified.perplexity == pytest.approx(
+        report.metrics["perplexity"], rel=1e-3
+    )
+    names = {path.name for path in report.folder.iterdir()}
+    assert names >= {"policy.json", "README.md", "config.json", "tokenizer.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_winner_is_exported_packed(
+    run: SearchResult, plan: Plan, tmp_path: Path
+) -> None:
+    (report,) = export(run.run_dir, out=tmp_path / "won")
+    check_report(report)
+    assert report.policy == run.policy
+    assert report.size_bytes == run.finals["winner"]["report"]["size_bytes"]
+    assert report.metrics == run.finals["winner"]["report"]
+    winner = read_winner(run.run_dir)
+    reference = winner["reference"] and Policy.from_dict(winner["reference"])
+    expected = expected_logits(plan, report.policy, reference)
+    assert torch.equal(logits(autoprune.load(report.folder)), expected)
+    record = json.loads((report.folder / "policy.json").read_text())
+    assert Policy.from_dict(record) == run.policy
+    assert record["figures"] == winner["figures"]
+    assert record["sizes"]["packed"]["compressed"] == report.size_bytes
+    card = (report.folder / "README.md").read_text()
+    assert f"{record['figures']['compressed']['perplexity']:.1f}" in card
+    with pytest.raises(ExportError, match="won exists already"):
+        export(run.run_dir, out=tmp_path / "won")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_winner_is_exported_for_plain_transformers(
+    run: SearchResult, plan: Plan, tmp_path: Path
+) -> None:
+    (report,) = export(run.run_dir, out=tmp_path / "won", target="transformers")
+    check_report(report)
+    assert report.target == "transformers"
+    assert report.size_bytes == run.finals["winner"]["sizes"]["transformers"]
+    winner = read_winner(run.run_dir)
+    reference = winner["reference"] and Policy.from_dict(winner["reference"])
+    expected = expected_logits(plan, report.policy, reference)
+    model = AutoModelForCausalLM.from_pretrained(report.folder)
+    assert torch.equal(logits(model), expected)
+    assert AutoTokenizer.from_pretrained(report.folder)("a b")["input_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_trial_is_exported_as_it_was_measured(
+    run: SearchResult, plan: Plan, tmp_path: Path
+) -> None:
+    trial = read_trials(run.run_dir)[1]
+    (report,) = export(run.run_dir, trial=1, out=tmp_path / "one")
+    check_report(report)
+    assert report.policy == trial.policy
+    assert report.size_bytes == trial.metrics["size_bytes"]
+    expected = expected_logits(plan, trial.policy, plan.reference)
+    assert torch.equal(logits(autoprune.load(report.folder)), expected)
+    record = json.loads((report.folder / "policy.json").read_text())
+    assert record["trial"] == 1
+    assert record["figures"]["compressed"] == report.metrics
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_front_is_exported_into_a_folder_of_folders(
+    run: SearchResult, tmp_path: Path
+) -> None:
+    reports = export(run.run_dir, front=True, out=tmp_path / "all")
+    points = [(r.size_bytes, r.policy.fingerprint) for r in reports]
+    assert points == sorted(points)
+    rows = run.trials.set_index("policy")
+    for report in reports:
+        check_report(report)
+        row = rows.loc[report.policy.fingerprint]
+        assert report.folder.name == f"trial-{row['number']}"
+        smaller = run.trials[run.trials["size_bytes"] <= row["size_bytes"]]
+        assert row["kl"] == smaller["kl"].min()
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_masked_model_goes_the_whole_way(
+    text: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = save_tiny("bert", tmp_path / "model", tiny_tokenizer)
+    config = config_of(
+        model,
+        text,
+        task="masked-lm",
+        space=[{"actions": ["gptq(bits=[3, 4], group=16)", "wanda(pattern=2:4)"]}],
+        objective={"budgets": {"size_bytes": "70%"}},
+        search={"trials": 3, "finalists": 1},
+    )
+    result = search(config, tmp_path / "run")
+    assert (result.trials["state"] == "complete").all()
+    (report,) = export(tmp_path / "run")
+    assert report.folder == tmp_path / "run/export-packed"
+    check_report(report)
+    loaded = autoprune.load(report.folder)
+    assert type(loaded).__name__ == "BertForMaskedLM"
+    card = (report.folder / "README.md").read_text()
+    assert "AutoModelForMaskedLM" in card or "autoprune.load" in card
+
+
+def test_what_was_not_searched_is_not_exported(run: SearchResult) -> None:
+    with pytest.raises(RunError, match="has no trial 99; it has 3, counted from 0"):
+        export(run.run_dir, trial=99)
+    with pytest.raises(RunError, match="nowhere is no run folder"):
+        export("nowhere")
+
+
+def test_an_unknown_target_is_named(run: SearchResult) -> None:
+    with pytest.raises(PluginError, match="unknown exporter 'paked'. Did you mean 'pa"):
+        export(run.run_dir, target="paked")
+
+
+def test_a_search_that_was_stopped_has_no_winner(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    search(config, tmp_path / "run", stop=lambda: True)
+    with pytest.raises(RunError, match="has no winner yet.*name a trial"):
+        export(tmp_path / "run")
+    with pytest.raises(RunError, match="no trial that keeps every limit"):
+        export(tmp_path / "run", front=True)
+
+
+def test_a_text_that_has_changed_is_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    search(config_of(tiny_checkpoint, text), tmp_path / "run")
+    write_text(tmp_path, documents=290)
+    with pytest.raises(
+        RunError, match=r"run has changed:\n  text\.report: '\w{16}' then"
+    ):
+        export(tmp_path / "run")
+
+
+def test_a_model_that_is_gone_is_told(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    search(config_of(tmp_path / "model", text), tmp_path / "run")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(ModelError, match=f"there is no model '{tmp_path}/model'"):
+        export(tmp_path / "run")

@@ -1,0 +1,458 @@
+"""A configuration goes in, a run folder with the best policy comes out."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from tiny_runs import config_of, save_tiny, space_of, write_text
+from transformers import PreTrainedTokenizerFast
+
+from autoprune.config import RunConfig
+from autoprune.errors import BudgetError, ConfigError, RunError
+from autoprune.plugins import load_plugins
+from autoprune.policy import Policy
+from autoprune.reporting.observer import Observer
+from autoprune.run import SearchResult, find_space, search
+from autoprune.run import write_text as write_whole
+from autoprune.searching.plan import Plan
+from autoprune.searching.rows import Trial
+from autoprune.searching.runs import read_trials
+
+METRICS = {
+    "kl",
+    "perplexity",
+    "quality_drop",
+    "size_bytes",
+    "compression_ratio",
+    "bits_per_weight",
+    "sparsity",
+    "model_sparsity",
+    "gflop_per_token",
+    "reward",
+}
+FINE = [
+    {"sites": f"blocks.{block}.*", "actions": [f"magnitude(sparsity=[{levels}])"]}
+    for block, levels in enumerate(("0.3, 0.41, 0.53, 0.67", "0.2, 0.37, 0.59, 0.71"))
+]
+FINER = [
+    {"sites": f"blocks.{block}.*", "actions": [f"rtn(bits=[{bits}], group=[{groups}])"]}
+    for block, bits, groups in ((0, "3, 5, 6", "8, 32"), (1, "2, 4, 8", "16, 64"))
+]
+"""Many sums, and no action that most sites offer: so no uniform policy is proposed."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def config(tiny_checkpoint: Path, text: str) -> RunConfig:
+    return config_of(
+        tiny_checkpoint, text, search={"trials": 8, "finalists": 2, "sampler": "tpe"}
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, config: RunConfig
+) -> SearchResult:
+    """A search that has ended; nobody changes its folder."""
+    return search(config, tmp_path_factory.mktemp("finished") / "run")
+
+
+def after(count: int) -> Callable[[], bool]:
+    """Say stop after so many trials: it is asked once before each."""
+    asked: Iterator[int] = iter(range(count + 1))
+    return lambda: next(asked) == count
+
+
+def policies(run_dir: Path) -> list[dict[str, Any]]:
+    return [trial.policy.to_dict() for trial in read_trials(run_dir)]
+
+
+def measured(run_dir: Path) -> list[dict[str, float]]:
+    return [dict(trial.metrics) for trial in read_trials(run_dir)]
+
+
+class Listener(Observer):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.trials: list[Trial] = []
+        self.notes: list[str] = []
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def trial(self, row: Trial) -> None:
+        self.trials.append(row)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_the_run_folder_has_all_that_a_search_leaves(finished: SearchResult) -> None:
+    names = {path.name for path in finished.run_dir.iterdir() if path.name[0] != "."}
+    assert names == {
+        "config.yaml",
+        "ledger.sqlite",
+        "trials.csv",
+        "trials.parquet",
+        "finals.json",
+        "policy.json",
+    }
+
+
+def test_the_configuration_is_read_back_as_it_was(
+    finished: SearchResult, config: RunConfig
+) -> None:
+    assert RunConfig.from_yaml(finished.run_dir / "config.yaml") == config
+
+
+def test_the_tables_hold_every_trial_and_every_metric(finished: SearchResult) -> None:
+    csv = pd.read_csv(finished.run_dir / "trials.csv")
+    parquet = pd.read_parquet(finished.run_dir / "trials.parquet")
+    for table in (csv, parquet, finished.trials):
+        assert len(table) == 8
+        assert set(table.columns) >= METRICS | {"number", "policy", "seed", "origin"}
+        numbers = table[sorted(METRICS)].to_numpy(dtype=float)
+        assert all(math.isfinite(number) for number in numbers.flatten())
+        assert (table[["time.propose_s", "time.evaluate_s"]] > 0).all().all()
+    sites = [name for name in csv.columns if name.startswith("site.")]
+    assert len(sites) == 9
+    assert csv["kl"].tolist() == pytest.approx(parquet["kl"].tolist())
+    assert finished.trials["policy"].is_unique
+
+
+def test_metrics_agree_with_each_other(finished: SearchResult) -> None:
+    dense = finished.finals["dense"]
+    for row in finished.trials.itertuples():
+        assert row.compression_ratio == pytest.approx(
+            dense["size_bytes"] / row.size_bytes
+        )
+        assert row.gflop_per_token <= dense["gflop_per_token"]
+        assert row.model_sparsity <= row.sparsity <= 0.7
+        assert row.reward == pytest.approx(
+            -math.log1p(row.quality_drop) + 0.2 * math.log(row.compression_ratio)
+        )
+
+
+def test_the_winner_is_the_best_finalist(finished: SearchResult) -> None:
+    finals = json.loads((finished.run_dir / "finals.json").read_text())
+    assert finals == finished.to_dict()["finals"]
+    ranked = [finalist["choice"]["kl"] for finalist in finals["finalists"]]
+    assert ranked == sorted(ranked)
+    best = {finalist["trial"] for finalist in finals["finalists"]}
+    feasible = finished.trials.sort_values("kl")["number"].tolist()
+    assert set(feasible[:2]) <= best
+    assert finals["winner"]["choice"]["kl"] <= min(ranked)
+    assert finals["rivals"]
+    for rival in finals["rivals"]:
+        assert rival["origin"].startswith("uniform ")
+        assert rival["choice"]["kl"] >= finals["winner"]["choice"]["kl"]
+    sizes = finals["winner"]["sizes"]
+    assert sizes["packed"] == finals["winner"]["report"]["size_bytes"]
+    assert sizes["packed"] < sizes["transformers"] <= finals["dense_sizes"]["packed"]
+
+
+def test_the_policy_file_tells_what_it_takes_to_use_it(
+    finished: SearchResult, tiny_checkpoint: Path
+) -> None:
+    record = json.loads((finished.run_dir / "policy.json").read_text())
+    assert Policy.from_dict(record) == finished.policy
+    assert record["trial"] == finished.finals["winner"]["trial"]
+    assert record["model"]["source"] == str(tiny_checkpoint)
+    assert record["task"] == "causal-lm"
+    assert record["seed"] == 0
+    assert record["text"]["split"] == "report"
+    assert record["figures"]["compressed"] == finished.finals["winner"]["report"]
+    assert record["figures"]["dense"] == finished.finals["dense"]
+    assert {"autoprune", "torch", "transformers"} == record["versions"].keys()
+    Policy.from_dict(record["reference"])
+
+
+def test_the_same_call_again_adds_nothing(
+    finished: SearchResult, config: RunConfig, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished.run_dir, run_dir)
+    listener = Listener()
+    again = search(config, run_dir, observer=listener)
+    assert listener.trials == []
+    assert again.policy == finished.policy
+    assert again.finals == finished.finals
+    assert again.trials.equals(finished.trials)
+    assert again.ended == finished.ended == "trials"
+
+
+def test_stages_are_told_in_their_order(config: RunConfig, tmp_path: Path) -> None:
+    listener = Listener()
+    search(config, tmp_path / "run", observer=listener)
+    told = [name for name in listener.stages if not name.startswith("solving")]
+    assert told == [
+        "loading model and text",
+        "making variants",
+        "measuring the dense model",
+        "searching",
+        "choosing among finalists",
+        "measuring on the report split",
+    ]
+    assert [trial.number for trial in listener.trials] == list(range(8))
+    assert any("9 sites to choose for, 10^" in note for note in listener.notes)
+
+
+def test_the_size_budget_is_kept_and_used_up(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        space=FINER,
+        objective={"budgets": {"size_bytes": "45%"}},
+        search={"trials": 8, "finalists": 1},
+    )
+    result = search(config, tmp_path / "run")
+    limit = 0.45 * result.finals["dense"]["size_bytes"]
+    assert set(result.trials["origin"]) == {"nsga2"}
+    assert (result.trials["size_bytes"] <= limit).all()
+    assert (result.trials["size_bytes"] >= 0.998 * limit).all()
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+def test_stopped_and_gone_on_is_as_if_never_stopped(
+    sampler: str, tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    settings = {"trials": 20, "finalists": 1, "sampler": sampler, "seed": 5}
+    config = config_of(tiny_checkpoint, text, search=settings)
+    whole = search(config, tmp_path / "whole")
+    stopped = search(config, tmp_path / "parts", stop=after(4))
+    assert stopped.ended == "stopped"
+    assert stopped.finals == {}
+    assert len(stopped.trials) == 4
+    best = stopped.trials.sort_values("kl")["policy"].iloc[0]
+    assert stopped.policy is not None
+    assert stopped.policy.fingerprint == best
+    assert not (tmp_path / "parts/finals.json").exists()
+    assert len(pd.read_csv(tmp_path / "parts/trials.csv")) == 4
+    search(config, tmp_path / "parts", stop=after(15))
+    rest = search(config, tmp_path / "parts")
+    assert policies(tmp_path / "parts") == policies(tmp_path / "whole")
+    assert measured(tmp_path / "parts") == measured(tmp_path / "whole")
+    assert rest.policy == whole.policy
+    assert rest.finals == whole.finals
+
+
+def test_other_seeds_search_elsewhere(
+    finished: SearchResult, config: RunConfig, tmp_path: Path
+) -> None:
+    seeded = config.search.model_copy(update={"seed": 1})
+    search(config.model_copy(update={"search": seeded}), tmp_path / "run")
+    assert policies(tmp_path / "run") != policies(finished.run_dir)
+
+
+def test_a_front_of_size_and_divergence(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        objective={"pareto": ["kl", "size_bytes"]},
+        search={"trials": 20, "finalists": 3},
+    )
+    result = search(config, tmp_path / "run")
+    sizes = result.trials["size_bytes"]
+    assert sizes.max() > 1.5 * sizes.min()
+    # The front's own reward says which of its policies are compared on other text.
+    beaten = [
+        ((result.trials[["kl", "size_bytes"]] <= row).all(axis=1)).sum() > 1
+        for row in result.trials[["kl", "size_bytes"]].to_numpy()
+    ]
+    front = result.trials[[not is_beaten for is_beaten in beaten]]
+    picked = front.sort_values("reward", ascending=False)["number"].tolist()[:3]
+    finalists = {one["trial"] for one in result.finals["finalists"]}
+    assert set(picked) <= finalists
+    assert len(finalists) <= 4
+
+
+def test_without_a_budget_the_reward_decides(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(tiny_checkpoint, text, objective={})
+    result = search(config, tmp_path / "run")
+    best = result.trials["reward"].nlargest(2).index.tolist()
+    assert set(best) <= {one["trial"] for one in result.finals["finalists"]}
+    assert result.trials["size_bytes"].nunique() > 3
+
+
+def test_the_weights_of_a_reward_count(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    objective = {"reward": "logs", "weights": {"size_bytes": 1.0}}
+    config = config_of(tiny_checkpoint, text, objective=objective)
+    result = search(config, tmp_path / "run")
+    expected = [math.log(ratio) for ratio in result.trials["compression_ratio"]]
+    assert result.trials["reward"].tolist() == pytest.approx(expected)
+
+
+def test_sparsity_is_a_budget_as_well(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        space=FINE,
+        objective={"budgets": {"sparsity": 0.4}},
+    )
+    result = search(config, tmp_path / "run")
+    assert (result.trials["sparsity"] >= 0.4).all()
+    assert (result.trials["sparsity"] <= 0.405).all()
+
+
+def test_compute_is_a_budget_as_well(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        space=FINE,
+        objective={"budgets": {"gflop_per_token": "60%"}},
+    )
+    result = search(config, tmp_path / "run")
+    limit = 0.6 * result.finals["dense"]["gflop_per_token"]
+    assert (result.trials["gflop_per_token"] <= limit).all()
+    assert (result.trials["gflop_per_token"] >= 0.99 * limit).all()
+
+
+def test_two_budgets_are_kept_at_once(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    budgets = {"size_bytes": "60%", "sparsity": 0.3}
+    config = config_of(tiny_checkpoint, text, objective={"budgets": budgets})
+    result = search(config, tmp_path / "run")
+    limit = 0.6 * result.finals["dense"]["size_bytes"]
+    assert (result.trials["size_bytes"] <= limit).all()
+    assert (result.trials["sparsity"] >= 0.3).all()
+
+
+def test_a_limit_that_only_a_trial_can_check(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    """The smallest model whose perplexity is at most some percent above the dense."""
+    objective = {"metric": "size_bytes", "budgets": {"quality_drop": 0.02}}
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        objective=objective,
+        search={"trials": 16, "finalists": 1, "seed": 2},
+    )
+    result = search(config, tmp_path / "run")
+    kept = result.trials["quality_drop"] <= 0.02
+    assert kept.any() and not kept.all()
+    assert (result.trials["feasible"] == kept).all()
+    smallest = result.trials[kept]["size_bytes"].idxmin()
+    assert smallest in {one["trial"] for one in result.finals["finalists"]}
+
+
+def test_a_limit_that_no_trial_keeps_is_told_with_the_nearest(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(
+        tiny_checkpoint, text, objective={"budgets": {"perplexity": "1%"}}
+    )
+    message = r"none of 6 trials kept every limit \(perplexity .*nearest, trial \d, has"
+    with pytest.raises(BudgetError, match=message):
+        search(config, tmp_path / "run")
+    assert len(read_trials(tmp_path / "run")) == 6
+    assert (tmp_path / "run/trials.csv").exists()
+
+
+def test_no_time_for_a_trial_is_told(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(tiny_checkpoint, text, search={"budget": "0.01s"})
+    with pytest.raises(RunError, match="budget of 0.01 s ended before the first trial"):
+        search(config, tmp_path / "run")
+
+
+def test_a_space_is_exhausted(tiny_checkpoint: Path, text: str, tmp_path: Path) -> None:
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        space=[{"sites": "blocks.0.o", "actions": ["rtn(bits=[3, 4, 8])", "dense"]}],
+        objective={"metric": "kl"},
+        search={"trials": 50},
+    )
+    result = search(config, tmp_path / "run")
+    assert result.ended == "exhausted"
+    assert len(result.trials) == 4
+    assert result.policy is not None
+    assert str(result.policy["blocks.0.o"]) == "dense"
+
+
+def test_variants_on_dense_inputs(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    settings = {"search": {"trials": 2}, "bank": "dense"}
+    search(config_of(tiny_checkpoint, text, **settings), tmp_path / "run")
+    config = config_of(tiny_checkpoint, text, **settings)
+    plan = Plan.make(config, load_plugins())
+    assert plan.reference is None
+    assert plan.bank.reference == {}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "bert"])
+def test_other_families_are_searched(
+    kind: str, text: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = save_tiny(kind, tmp_path / "model", tiny_tokenizer)
+    config = config_of(
+        model,
+        text,
+        task="masked-lm" if kind == "bert" else "causal-lm",
+        search={"trials": 3, "finalists": 1},
+        space=[{"actions": ["gptq(bits=[3, 4], group=16)", "wanda(pattern=2:4)"]}],
+        objective={"budgets": {"size_bytes": "70%"}},
+    )
+    result = search(config, tmp_path / "run")
+    assert (result.trials["state"] == "complete").all()
+    assert (result.trials["kl"] > 0).all()
+    assert abs(result.finals["dense"]["kl"]) < 1e-5
+    assert result.policy is not None
+    treated = [site for site, action in result.policy.items() if action.steps]
+    assert treated == [site for site in result.policy if site.startswith("blocks.")]
+
+
+def test_a_space_is_named_by_its_path_or_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, text: str
+) -> None:
+    assert find_space("quick").name == "quick.yaml"
+    monkeypatch.chdir(tmp_path)
+    data = space_of(tiny_checkpoint, text)
+    Path("mine.yaml").write_text(yaml.safe_dump(data))
+    result = search("mine.yaml", search__trials=1, search__seed=4)
+    assert result.run_dir == Path("results/runs/mine")
+    assert len(result.trials) == 1
+    assert read_trials(result.run_dir)[0].number == 0
+    with pytest.raises(ConfigError, match="unknown space 'mien.yaml'.*looked in"):
+        find_space("mien.yaml")
+    with pytest.raises(ConfigError, match="unknown space 'quik'. Did you mean 'quick'"):
+        search("quik")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "finals.json"
+    path.write_text("old")
+    path.chmod(0o600)
+    with pytest.raises(RunError, match=r"cannot write .*missing/finals\.json"):
+        write_whole(tmp_path / "missing/finals.json", "new")
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["finals.json"]

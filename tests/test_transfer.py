@@ -1,0 +1,204 @@
+"""A policy is taken to other checkpoints of the shape that it was made for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import WINDOW, config_of, save_tiny, write_text
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import autoprune
+from autoprune.config import TextConfig
+from autoprune.errors import MethodError, ModelError, PluginError, PolicyError
+from autoprune.policy import DENSE, Policy
+from autoprune.run import SearchResult, search
+from autoprune.transfer import apply, evaluate, read_policy
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextConfig:
+    source = write_text(tmp_path_factory.mktemp("text"))
+    return TextConfig(
+        source=source, window=WINDOW, statistics=4, fitness=2, choice=2, report=2
+    )
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, text: TextConfig
+) -> SearchResult:
+    """A search that has ended."""
+    config = config_of(
+        tiny_checkpoint, text.source, search={"trials": 3, "finalists": 1}
+    )
+    return search(config, tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """A checkpoint of the same shape, with other weights."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    return changed(tiny_checkpoint, folder)
+
+
+def changed(source: Path, folder: Path, **config: int) -> Path:
+    """Save a model like another one, drawn anew."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    settings = AutoConfig.from_pretrained(source, **config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_policy_is_applied_to_another_checkpoint(
+    run: SearchResult, other: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    report = apply(
+        run.run_dir / "policy.json", model=str(other), out=tmp_path / "out", text=text
+    )
+    assert report.policy == run.policy
+    assert report.size_bytes == run.finals["winner"]["report"]["size_bytes"]
+    assert report.verified.perplexity == pytest.approx(report.metrics["perplexity"])
+    # Measured before in another process, by the same protocol.
+    figures = evaluate(str(other), policy=run.policy, text=text)
+    assert figures["policy"] == report.metrics
+    assert figures["dense"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert 0 < figures["policy"]["kl"]
+    record = json.loads((tmp_path / "out/policy.json").read_text())
+    assert record["figures"] == {
+        "dense": figures["dense"],
+        "compressed": report.metrics,
+    }
+    assert record["model"]["source"] == str(other)
+    # Solved on its own inputs: the policy is its own reference.
+    assert Policy.from_dict(record["reference"]) == report.policy
+    loaded = autoprune.load(report.folder)
+    dense = AutoModelForCausalLM.from_pretrained(other)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(loaded.state_dict()[name], dense.state_dict()[name])
+
+
+def test_a_policy_is_measured_without_an_export(
+    run: SearchResult, tiny_checkpoint: Path, text: TextConfig
+) -> None:
+    found = evaluate(str(tiny_checkpoint), policy=run.policy, text=text)
+    assert found["dense"] == run.finals["dense"]
+    # The winner may have been measured with the variants of the search's reference.
+    winner = run.finals["winner"]
+    expected = winner["report"] if winner["resolved"] else found["policy"]
+    assert found["policy"] == expected
+    assert found["policy"]["size_bytes"] == winner["report"]["size_bytes"]
+    assert evaluate(str(tiny_checkpoint), text=text) == {"dense": found["dense"]}
+
+
+def test_size_depends_on_the_target(
+    run: SearchResult, tiny_checkpoint: Path, text: TextConfig
+) -> None:
+    found = evaluate(
+        str(tiny_checkpoint), policy=run.policy, text=text, target="transformers"
+    )
+    sizes = run.finals["winner"]["sizes"]
+    assert found["policy"]["size_bytes"] == sizes["transformers"]
+
+
+def test_a_policy_does_not_fit_a_deeper_model(
+    run: SearchResult, tiny_checkpoint: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    deeper = changed(tiny_checkpoint, tmp_path / "deeper", num_hidden_layers=3)
+    message = "covers 9 of 13 sites.*first without an action: 'blocks.2.qkv'"
+    with pytest.raises(PolicyError, match=message):
+        apply(run.policy, model=str(deeper), out=tmp_path / "out", text=text)
+    with pytest.raises(PolicyError, match=message):
+        evaluate(str(deeper), policy=run.policy, text=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_policy_does_not_fit_a_shallower_model(
+    run: SearchResult, tiny_checkpoint: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    shallow = changed(tiny_checkpoint, tmp_path / "shallow", num_hidden_layers=1)
+    with pytest.raises(PolicyError, match="that the model lacks: 'blocks.1.qkv'"):
+        apply(run.policy, model=str(shallow), out=tmp_path / "out", text=text)
+
+
+def test_a_policy_does_not_fit_another_family(
+    run: SearchResult,
+    text: TextConfig,
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = save_tiny("gpt2", tmp_path / "model", tiny_tokenizer)
+    with pytest.raises(PolicyError, match="first without an action: 'blocks.0.up'"):
+        apply(run.policy, model=str(model), out=tmp_path / "out", text=text)
+
+
+def test_a_group_that_divides_here_need_not_divide_there(
+    tiny_checkpoint: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    narrow = changed(tiny_checkpoint, tmp_path / "narrow", intermediate_size=120)
+    plain = evaluate(str(narrow), text=text)
+    assert plain["dense"]["sparsity"] == 0
+    policy = policy_with(tiny_checkpoint, text, "rtn(bits=4, group=64)")
+    message = r"layers.0.mlp.down_proj cannot take 'rtn\(bits=4, group=64\)'.*64.*120"
+    with pytest.raises(MethodError, match=message):
+        apply(policy, model=str(narrow), out=tmp_path / "out", text=text)
+
+
+def policy_with(model: Path, text: TextConfig, action: str) -> Policy:
+    """Give all down projections an action."""
+    from autoprune.plugins import load_plugins
+    from autoprune.policy import Action
+    from autoprune.searching.plan import Plan
+
+    plan = Plan.make(config_of(model, text.source), load_plugins())
+    return Policy(
+        {
+            site.name: Action.parse(action) if site.name.endswith("down") else DENSE
+            for site in plan.problem.space.sites
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot read the policy .*policy\.json: .*No such file"),
+        ("{", r"cannot read the policy .*policy\.json: Expecting property name"),
+        ("[]", r"cannot read the policy .*policy\.json: not a policy"),
+        ('{"actions": {"a": "rtn("}}', r"policy\.json: cannot read 'rtn\('"),
+        ('{"actions": {}, "format": 99}', r"policy\.json: the policy has format 99"),
+        (b"\xff\xfe", r"cannot read the policy .*policy\.json: .*decode byte 0xff"),
+    ],
+    ids=["missing", "cut", "list", "action", "format", "bytes"],
+)
+def test_a_damaged_policy_is_told(
+    content: str | bytes | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PolicyError, match=message):
+        read_policy(path)
+
+
+def test_unknown_names_are_told(
+    run: SearchResult, tiny_checkpoint: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    place = {"out": tmp_path / "out", "text": text}
+    model = str(tiny_checkpoint)
+    with pytest.raises(ModelError, match="there is no model '/no/where'"):
+        apply(run.policy, model="/no/where", **place)
+    with pytest.raises(PluginError, match="unknown exporter 'paked'"):
+        apply(run.policy, model=model, target="paked", **place)
+    with pytest.raises(PluginError, match="unknown task 'causal'"):
+        evaluate(model, task="causal", text=text)
+    with pytest.raises(PolicyError, match="unknown method 'gptk'. Did you mean 'gptq'"):
+        wrong = {site: "gptk(bits=4)" for site in run.policy}
+        apply(Policy.from_dict({"actions": wrong}), model=model, **place)
+    assert not (tmp_path / "out").exists()
