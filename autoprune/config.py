@@ -112,6 +112,11 @@ class TextConfig(_Part):
     choice: int = Field(8, ge=1)
     report: int = Field(8, ge=1)
 
+    @property
+    def windows(self) -> dict[str, int]:
+        """Windows wanted of each split, by its name."""
+        return self.model_dump(exclude={"source", "window"})
+
 
 class Rule(_Part):
     """The actions that some sites may choose from.

@@ -4,11 +4,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from autoprune.config import TextConfig
 from autoprune.deliver import ExportReport, export_policy
 from autoprune.errors import PolicyError
 from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
+from autoprune.exporting.folder import POLICY_FILE
+from autoprune.exporting.marker import MARKER
+from autoprune.exporting.verification import measure
+from autoprune.models.checkpoints import Checkpoint, load_tokenizer
+from autoprune.models.text import load_splits
 from autoprune.plugins import Plugins, load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.observer import Observer
@@ -91,26 +98,35 @@ def evaluate(
     plugins: Sequence[str] = (),
     observer: Observer | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Measure a model on the report split, and a policy on it.
+    """Measure a model on the report split, and a policy on it; or an export.
 
     Args:
-        model: Folder, hub id, GGUF file or ``demo``.
+        model: Folder, hub id, GGUF file or ``demo``; or the folder of an export.
         policy: A policy, or the path of a ``policy.json``; its variants are made on
             the inputs that its own compressed blocks give.
         task: What the model is for.
-        text: Which text.
+        text: Which text; for an export by default the one it was measured on.
         target: Export target, for sizes.
         plugins: Modules to load beside the installed plugins.
         observer: Hears of stages.
 
     Returns:
-        Metrics of ``dense``, and of ``policy`` if one is given.
+        Metrics of ``dense``, and of ``policy`` if one is given; of an export those
+        that it has by itself, as ``export``.
 
     Raises:
         PolicyError: If the policy does not fit the model.
+        ExportError: If an export does not load.
     """
     observer = observer or Observer()
     observer.stage("loading model and text")
+    if (Path(model) / MARKER).is_file():
+        if policy is not None:
+            raise PolicyError(
+                f"{model} is an export, which has its policy already; put {policy} on "
+                "the dense model"
+            )
+        return {"export": _measure_export(Path(model), task, text, plugins)}
     bench = _open(load_plugins(plugins), model, task, text or TextConfig(), target)
     observer.stage("measuring the dense model")
     found = {"dense": bench.dense_metrics("report")}
@@ -123,6 +139,37 @@ def evaluate(
         observer.stage("measuring the policy")
         found["policy"] = bench.measure(chosen, bank, "report").metrics
     return found
+
+
+def _measure_export(
+    folder: Path, task: str, text: TextConfig | None, plugins: Sequence[str]
+) -> dict[str, float]:
+    """Load an export and measure it, by default on the tokens of its own figures."""
+    record = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
+    if text is None:
+        named = record.get("text", {})
+        text = TextConfig(
+            **{k: named[k] for k in TextConfig.model_fields if k in named}
+        )
+    splits = load_splits(
+        text.source,
+        load_plugins(plugins).objects["text_sources"],
+        load_tokenizer(Checkpoint(str(folder), folder, "")),
+        length=text.window,
+        windows=text.windows,
+        seed=record.get("seed", SEED),
+    )
+    return measure(
+        {
+            "folder": str(folder),
+            "ids": splits["report"].ids.tolist(),
+            "task": task,
+            "dtype": None,
+            "batch": 8,
+            "plugins": list(plugins),
+            "threads": torch.get_num_threads(),
+        }
+    )
 
 
 def read_policy(path: str | Path) -> Policy:

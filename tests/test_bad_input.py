@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_runs import config_of, write_text
 
 from autoprune.config import RunConfig
 from autoprune.errors import (
-    AutoPruneError,
     BudgetError,
     ConfigError,
     ModelError,
@@ -239,10 +240,10 @@ def test_damaged_variants_are_made_again(
     config = config_of(tiny_checkpoint, text)
     whole = search(config, tmp_path / "whole")
     variants = sorted((cache / "variants").glob("*/*.safetensors"))
-    sound = {path: path.read_bytes() for path in variants}
+    shutil.copytree(cache / "variants", tmp_path / "sound")
     for number, path in enumerate(variants):
-        content = bytearray(sound[path])
-        # In the middle of the values, in the header, or cut off: by turns.
+        content = bytearray(path.read_bytes())
+        # In the values, in the header, or cut off: by turns.
         place = (len(content) - 5, 12, None)[number % 3]
         if place is None:
             content = content[: len(content) // 2]
@@ -251,14 +252,21 @@ def test_damaged_variants_are_made_again(
         path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         again = search(config, tmp_path / "again")
-    assert "is damaged" in caplog.text
+    assert "is damaged (its checksum does not match): making it again" in caplog.text
     assert again.policy == whole.policy
     assert again.finals == whole.finals
     figures = [dict(t.metrics) for t in read_trials(tmp_path / "again")]
     assert figures == [dict(t.metrics) for t in read_trials(tmp_path / "whole")]
-    made = sorted((cache / "variants").glob("*/*.safetensors"))
-    repaired = [path for path in made if path.read_bytes() == sound[path]]
-    assert len(repaired) >= len(sound) // 2  # all that were used
+    for record in caplog.records:
+        damaged = Path(str(record.args[0])) if record.args else cache  # type: ignore[index]
+        sound = tmp_path / "sound" / damaged.relative_to(cache / "variants")
+        assert_same_tensors(damaged, sound)
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one), load_file(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @contextmanager
@@ -275,16 +283,25 @@ def full_disk(largest: int) -> Iterator[None]:
 def test_a_full_disk_while_variants_are_made(
     cache: Path, tiny_checkpoint: Path, text: str, tmp_path: Path
 ) -> None:
-    config = config_of(tiny_checkpoint, text)
-    search(config, tmp_path / "other")  # makes what is not looked at here
-    expected = read_winner(tmp_path / "other")
-    shutil.rmtree(cache / "variants")
+    large = [{"sites": "embedding", "actions": ["magnitude(sparsity=[0.1, 0.2])"]}]
+    config = config_of(
+        tiny_checkpoint, text, space=large, objective={}, search={"trials": 2}
+    )
     message = "cannot write a variant of .* bytes to .*AUTOPRUNE_CACHE"
-    with full_disk(9_000), pytest.raises(StoreError, match=message):
+    with full_disk(57_000), pytest.raises(StoreError, match=message):
         search(config, tmp_path / "run")
-    assert not list((cache / "variants").glob("*/*.part"))
-    search(config, tmp_path / "run")
-    assert read_winner(tmp_path / "run")["actions"] == expected["actions"]
+    assert not [path for path in (cache / "variants").rglob("*") if path.suffix]
+    assert len(search(config, tmp_path / "run").trials) == 2
+
+
+def test_a_full_disk_while_the_run_folder_is_made(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(tiny_checkpoint, text)
+    message = r"cannot write the ledger .*run/ledger\.sqlite: .*free the disk"
+    with full_disk(5_000), pytest.raises(RunError, match=message):
+        search(config, tmp_path / "run")
+    assert len(search(config, tmp_path / "run").trials) == 6
 
 
 def test_a_full_disk_while_trials_are_made(
@@ -306,17 +323,21 @@ def test_a_full_disk_while_trials_are_made(
     assert rest.trials["kl"].tolist() == whole.trials["kl"].tolist()
 
 
-def test_a_full_disk_while_the_winner_is_written(
-    tiny_checkpoint: Path, text: str, tmp_path: Path
+@pytest.mark.parametrize("name", ["finals.json", "trials.csv", "config.yaml"])
+def test_a_file_that_cannot_be_written_loses_no_trial(
+    name: str, tiny_checkpoint: Path, text: str, tmp_path: Path
 ) -> None:
+    """Something else stands in its place; what a search leaves last is made again."""
     config = config_of(tiny_checkpoint, text)
     run_dir = tmp_path / "run"
     whole = search(config, run_dir)
-    for name in ("finals.json", "policy.json"):
-        (run_dir / name).unlink()
-    with full_disk(2_500), pytest.raises(AutoPruneError, match="cannot write|damaged"):
+    (run_dir / name).unlink()
+    (run_dir / name).mkdir()
+    with pytest.raises(RunError, match=f"cannot write .*run/{name}: .*Is a directory"):
         search(config, run_dir)
     assert len(read_trials(run_dir)) == 6
+    assert not list(run_dir.glob("*.part"))
+    (run_dir / name).rmdir()
     assert search(config, run_dir).finals == whole.finals
 
 

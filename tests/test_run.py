@@ -223,7 +223,9 @@ def test_the_size_budget_is_kept_and_used_up(
     limit = 0.45 * result.finals["dense"]["size_bytes"]
     assert set(result.trials["origin"]) == {"nsga2"}
     assert (result.trials["size_bytes"] <= limit).all()
-    assert (result.trials["size_bytes"] >= 0.998 * limit).all()
+    # Some ten bytes a tensor are kept free for its place in the header.
+    tensors = 15 * 4
+    assert (result.trials["size_bytes"] >= 0.998 * limit - 10 * tensors).all()
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])

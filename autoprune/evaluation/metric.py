@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from autoprune.compression.storage import Part, Storage

@@ -119,13 +119,12 @@ class Workbench:
         plugins.get("exporters", target)  # a wrong name is told before a model is read
         checkpoint = resolve(model, cache=cache)
         tokenizer = load_tokenizer(checkpoint)
-        windows = text.model_dump(exclude={"source", "window"})
         splits = load_splits(
             text.source,
             plugins.objects["text_sources"],
             tokenizer,
             length=text.window,
-            windows=windows,
+            windows=text.windows,
             seed=seed,
         )
         loaded = load_model(checkpoint, kind.auto_class)

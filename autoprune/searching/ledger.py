@@ -78,7 +78,7 @@ class Ledger:
         except OSError as error:
             raise RunError(f"cannot make the run folder {run_dir}: {error}") from error
         lock = _take_lock(run_dir)
-        with ExitStack() as undo, _reading(run_dir / FILE):
+        with ExitStack() as undo, _reading(run_dir / FILE, writing=True):
             undo.callback(lock.release)
             ledger = cls(run_dir, sqlite3.connect(run_dir / FILE, timeout=30), lock)
             undo.callback(ledger.close)
@@ -194,21 +194,22 @@ class Ledger:
         return write_tables(self.frame(), self.run_dir)
 
     def _check_format(self) -> None:
-        found = [
-            int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
-            for name in ("application_id", "user_version", "page_count")
-        ]
+        if not self._number("SELECT count(*) FROM sqlite_master"):
+            return  # new, or given up while it was made, as on a full disk
         path = self.run_dir / FILE
-        if found[2] and found[0] != APPLICATION:
+        if (found := self._number("PRAGMA application_id")) != APPLICATION:
             raise RunError(
-                f"{path} is not a ledger of AutoPrune (application id {found[0]:#x}). "
+                f"{path} is not a ledger of AutoPrune (application id {found:#x}). "
                 "Choose another run folder."
             )
-        if found[2] and found[1] != SCHEMA:
+        if (found := self._number("PRAGMA user_version")) != SCHEMA:
             raise RunError(
-                f"{path} has format {found[1]}, this AutoPrune reads {SCHEMA}. Go on "
+                f"{path} has format {found}, this AutoPrune reads {SCHEMA}. Go on "
                 "with the version that made it, or choose another run folder."
             )
+
+    def _number(self, query: str) -> int:
+        return int(self._connection.execute(query).fetchone()[0])
 
     def _prepare(self) -> None:
         self._connection.execute("PRAGMA journal_mode = WAL")
@@ -285,10 +286,16 @@ def _holder(run_dir: Path) -> str:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path, *, writing: bool = False) -> Iterator[None]:
+    """Tell of a file that cannot be read, or where ``writing``, not be written."""
     try:
         yield
     except (sqlite3.DatabaseError, json.JSONDecodeError, KeyError) as error:
+        if writing and isinstance(error, sqlite3.OperationalError):
+            raise RunError(
+                f"cannot write the ledger {path}: {error}. What was written before is "
+                "kept; free the disk and run the same command again."
+            ) from error
         raise RunError(
             f"cannot read the ledger {path}: {error}. It is damaged, or no ledger. "
             "Take a copy from before, or choose another run folder."

@@ -3,9 +3,10 @@
     python results/overhead/bench.py
 
 At 512 tokens of fitness, on SmolLM2-135M, one thread, CPU time. A naive trial
-calibrates on 32 x 512 tokens and runs SparseGPT over all layers, plainly, layer by layer, then
-evaluates. A stitched trial changes four sites of the policy before it, within a size
-budget, through the search's own loop: proposal, budget, swap, evaluation, ledger row.
+calibrates on 32 x 512 tokens and runs SparseGPT over all layers, plainly, layer by
+layer, then evaluates. A stitched trial changes four sites of the policy before it,
+within a size budget, through the search's own loop: proposal, budget, swap, evaluation,
+ledger row. The KL is measured beside its formula in plain torch, on the same vectors.
 Writes ``overhead.json`` beside this file.
 """
 
@@ -50,17 +51,19 @@ CONFIG: dict[str, Any] = {
 
 
 class FourSites(optuna.samplers.BaseSampler):
-    """Exchanges the actions of two pairs of sites of equal size: bytes stay the same."""
+    """Exchanges the actions of two pairs of sites of one size: bytes stay the same."""
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+        """Leave all sites to ``sample_relative``."""
         return {}
 
     def sample_relative(
         self, study: Any, trial: Any, search_space: Any
     ) -> dict[str, Any]:
+        """Change the policy of the trial before this one."""
         before = study.get_trials(deepcopy=False)[-2].params if trial.number else {}
         params = dict(before)
         for role in ("qkv", "down"):
@@ -75,12 +78,13 @@ class FourSites(optuna.samplers.BaseSampler):
     def sample_independent(
         self, study: Any, trial: Any, param_name: str, param_distribution: Any
     ) -> Any:
+        """Draw what no trial has set yet."""
         choices = param_distribution.choices
         return choices[self._rng.integers(len(choices))]
 
 
 def naive_trial(plan: Plan) -> dict[str, float]:
-    """Prune a model that is loaded already, evaluate it plainly; CPU seconds of each."""
+    """Prune a loaded model, evaluate it plainly; CPU seconds of each."""
     bench = plan.bench
     model = load_model(bench.checkpoint, bench.task.auto_class)
     start = time.process_time()
@@ -99,6 +103,42 @@ def naive_trial(plan: Plan) -> dict[str, float]:
         "evaluate_cpu_s": evaluated - pruned,
         "trial_cpu_s": evaluated - start,
         "kl": float(kl),
+    }
+
+
+def divergence(plan: Plan) -> dict[str, float]:
+    """Compare the KL with its formula in plain torch; median CPU seconds of five."""
+    bench = plan.bench
+    policy = plan.proposals[0][1]
+    plan.bank.put(bench.per_layer(policy))
+    teacher, model = bench.teacher("fitness"), bench.stitched.model
+    batch = bench.task.batch(bench.splits["fitness"].ids, bench.tokenizer)
+    seconds: dict[str, list[float]] = {"forward": [], "ours": [], "plain": []}
+    with torch.inference_mode():
+        bench.stitched.restore()
+        dense = bench.task.features(model, batch)
+        plan.bank.put(bench.per_layer(policy))
+        for _ in range(5):
+            start = time.process_time()
+            features = bench.task.features(model, batch)
+            ran = time.process_time()
+            ours = teacher.measure(model).mean_kl
+            both = time.process_time()
+            log_p = (
+                (dense @ teacher.head.weight.to(dense.dtype).T).float().log_softmax(-1)
+            )
+            log_q = (features @ teacher.head.weight.to(dense.dtype).T).float()
+            log_q = log_q.log_softmax(-1)
+            plain = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+            seconds["plain"].append(time.process_time() - both)
+            seconds["forward"].append(ran - start)
+            seconds["ours"].append(both - ran - (ran - start))
+    return {
+        **{
+            f"{name}_cpu_s": statistics.median(found) for name, found in seconds.items()
+        },
+        "kl_ours": ours,
+        "kl_plain_bf16_logits": plain,
     }
 
 
@@ -166,6 +206,7 @@ def main() -> None:
     rows = [stitched_trials(plan, "four sites", four)]
     for name in ("random", "nsga2", "tpe"):
         rows.append(stitched_trials(plan, name, plugins.get("samplers", name)))
+    kl = divergence(plan)
     naive = naive_trial(plan)
     found = {
         "command": "python results/overhead/bench.py",
@@ -173,6 +214,7 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, 1 thread, CPU time",
         "torch": torch.__version__,
         "bank": bank,
+        "kl": kl,
         "naive": naive,
         "stitched": rows,
         "naive_over_stitched": naive["trial_cpu_s"] / rows[0]["trial_cpu_s"],
