@@ -110,13 +110,5 @@ def _mean_loss(
         head = task.head(model)
         for ids in torch.split(windows.ids[:WINDOWS], 4):
             batch = task.batch(ids, tokenizer)
-            features = task.features(model, batch)
-            chunks = zip(
-                torch.split(features, 256), torch.split(batch.labels, 256), strict=True
-            )
-            for part, labels in chunks:
-                loss = nn.functional.cross_entropy(
-                    head.logits(part), labels, reduction="none"
-                )
-                losses.append(loss)
+            losses.append(head.losses(task.features(model, batch), batch.labels))
     return float(torch.cat(losses).double().mean())

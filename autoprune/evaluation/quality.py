@@ -1,18 +1,19 @@
 """How far a compressed model is from the dense one, on the same tokens.
 
 The divergence is KL(dense || compressed) per token. Of the dense model only its final
-vectors are kept, not its logits. With a linear head shared by both, logits
-``z = W h + b``, and the probabilities ``p`` of the dense model, whose vector is ``d``::
+vectors are kept, not its logits. With ``p`` the probabilities that the dense model
+gives from its vector ``d`` and its head ``W``, and ``h`` and ``V`` those of the
+compressed one (``V`` is ``W`` unless the head itself is compressed)::
 
-    KL = (sum p W) (d - h)  +  logsumexp(W h + b)  -  logsumexp(W d + b)
+    KL = (sum p W) d  -  (sum p V) h  +  logsumexp(V h + b)  -  logsumexp(W d + b)
 
-``sum p W`` and what depends on ``d`` do not change between policies: one vector of the
-hidden size and a number per token. A policy then costs one product with the head and
-one ``logsumexp``, and no distribution is ever formed; the value is the same.
+``sum p V`` and what depends on ``d`` do not change between policies: one vector of the
+hidden size and a number per token, for each of the few states of the head. A policy
+then costs one product with the head and one ``logsumexp``, and no distribution is ever
+formed; the value is the same.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +22,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from autoprune.errors import ModelError
-from autoprune.models.statistics import matmul_precision
+from autoprune.models.statistics import exact_products
 from autoprune.models.task import Batch, Head, Task, output_layer
 from autoprune.models.text import TokenWindows
 
-CHUNK = 64
-"""Positions whose logits exist at a time: 12 MB at 49 k words stay near the cache."""
-
+HEADS = 4
+"""States of the head that are remembered beside the dense one: its variants are few."""
 
 _CHECKED = 16
 _HEAD_AGREEMENT = 0.02
@@ -68,9 +68,17 @@ class _Remembered:
 
     batch: Batch
     features: Float[Tensor, "positions hidden"]
-    expected: Float[Tensor, "positions hidden"]  # sum p W
     cross: Float[Tensor, " positions"]  # (sum p W) d
     log_sum: Float[Tensor, " positions"]  # logsumexp(W d + b)
+
+
+@dataclass(eq=False)
+class _HeadState:
+    """A head as it once stood on the model, and what dense outputs expect of it."""
+
+    head: Head
+    stamp: tuple[int, int]
+    expected: dict[int, Float[Tensor, "positions hidden"]]  # sum p W, by batch
 
 
 class Teacher:
@@ -101,15 +109,13 @@ class Teacher:
     ) -> None:
         self.task = task
         self.windows = windows
-        head = task.head(model)
-        # A copy: a float32 head is the model's own weight, which policies write to.
-        self.head = replace(head, weight=head.weight.clone())
-        self._head_as = _stamp(model)
+        self._heads = [self._new_state(model)]
+        self.head = self._heads[0].head
         with torch.inference_mode():
             _check_head(task, model, task.batch(windows.ids[:1, :_CHECKED], tokenizer))
             self._parts = [
-                self._remember(model, task.batch(ids, tokenizer))
-                for ids in torch.split(windows.ids, batch)
+                self._remember(number, model, task.batch(ids, tokenizer))
+                for number, ids in enumerate(torch.split(windows.ids, batch))
             ]
         self.dense = self.measure(model)
 
@@ -121,53 +127,77 @@ class Teacher:
             windows: How many windows, counted from the first; None for all.
         """
         with torch.inference_mode():
-            head, same = self._head_of(model)
-            linear = same and head.softcap is None
+            state = self._state_of(model)
             pieces, left = [], windows or len(self.windows.ids)
-            for part in self._parts:
+            for number, part in enumerate(self._parts):
                 if left <= 0:
                     break
                 part = _first(part, left)
                 left -= len(part.batch.scored)
                 features = self.task.features(model, part.batch)
-                pieces.append(self._compare(part, features, head, linear=linear))
+                pieces.append(self._compare(part, features, state, number))
             kl, nll = (torch.cat(columns) for columns in zip(*pieces, strict=True))
         return Quality(kl, nll)
 
-    def _head_of(self, model: nn.Module) -> tuple[Head, bool]:
-        """Give a model's head, and whether it still is the dense one's."""
-        if _stamp(model) == self._head_as:
-            return self.head, True
+    def _new_state(self, model: nn.Module) -> _HeadState:
         head = self.task.head(model)
-        return head, _same(head, self.head)
+        # A copy: a float32 head is the model's own weight, which policies write to.
+        head = replace(head, weight=head.weight.clone())
+        return _HeadState(head, _stamp(model), {})
 
-    def _remember(self, model: nn.Module, batch: Batch) -> _Remembered:
+    def _state_of(self, model: nn.Module) -> _HeadState:
+        """Give the state of the head, remembered if it has stood there before."""
+        stamp = _stamp(model)
+        for state in self._heads:
+            if state.stamp == stamp:
+                return state
+        found = self._new_state(model)
+        for state in self._heads:
+            if _same(found.head, state.head):
+                state.stamp = stamp
+                return state
+        self._heads = [self._heads[0], *self._heads[1:][1 - HEADS :], found]
+        return found
+
+    def _remember(self, number: int, model: nn.Module, batch: Batch) -> _Remembered:
         features = self.task.features(model, batch)
         expected, cross, log_sum = [], [], []
-        for rows, logits in _logits(self.head, features):
+        for rows, logits in self.head.in_chunks(features):
             mean = logits.softmax(-1) @ self.head.weight
             expected.append(mean)
             # The same operations as for a policy: their rounding errors cancel, and
             # the dense model is at KL 0 exactly.
             cross.append(_cross(mean, features[rows], self.head))
             log_sum.append(logits.logsumexp(-1))
-        columns = (torch.cat(column) for column in (expected, cross, log_sum))
-        return _Remembered(batch, features, *columns)
+        self._heads[0].expected[number] = torch.cat(expected)
+        return _Remembered(batch, features, torch.cat(cross), torch.cat(log_sum))
+
+    def _expected(self, state: _HeadState, number: int) -> Tensor:
+        """Give ``sum p W`` of a batch for a state of the head; computed once."""
+        if number not in state.expected:
+            logits = self.head.in_chunks(self._parts[number].features)
+            means = [z.softmax(-1) @ state.head.weight for _, z in logits]
+            state.expected[number] = torch.cat(means)
+        return state.expected[number]
 
     def _compare(
-        self, part: _Remembered, features: Tensor, head: Head, *, linear: bool
+        self, part: _Remembered, features: Tensor, state: _HeadState, number: int
     ) -> tuple[Tensor, Tensor]:
         """Give KL and loss of each window of a batch."""
+        linear = state.head.softcap is None
+        expected = self._expected(state, number) if linear else features
         kl, nll = [], []
-        for rows, logits in _logits(head, features):
+        for rows, logits in state.head.in_chunks(features):
             log_sum = logits.logsumexp(-1)
             labels = part.batch.labels[rows]
             nll.append(log_sum - logits.gather(1, labels[:, None])[:, 0])
             if linear:
-                cross = _cross(part.expected[rows], features[rows], head)
+                cross = _cross(
+                    expected[rows][: len(logits)], features[rows], state.head
+                )
                 kl.append(part.cross[rows] - cross + (log_sum - part.log_sum[rows]))
             else:
-                with _precision(features):
+                with exact_products(features):
                     log_p = self.head.logits(part.features[rows]).log_softmax(-1)
                 log_q = logits - log_sum[:, None]
                 kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
@@ -196,20 +226,6 @@ def _check_head(task: Task, model: nn.Module, batch: Batch) -> None:
         )
 
 
-def _logits(head: Head, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Give the logits of all positions in chunks, each with its rows."""
-    for start in range(0, len(features), CHUNK):
-        rows = slice(start, start + CHUNK)
-        with _precision(features):
-            logits = head.logits(features[rows])
-        yield rows, logits
-
-
-def _precision(features: Tensor) -> Any:
-    """Multiply as the features were made: bfloat16 factors lose nothing by it."""
-    return matmul_precision("bf16" if features.dtype == torch.bfloat16 else "ieee")
-
-
 def _first(part: _Remembered, windows: int) -> _Remembered:
     """Keep the first windows of a batch."""
     if windows >= len(part.batch.scored):
@@ -223,7 +239,6 @@ def _first(part: _Remembered, windows: int) -> _Remembered:
     return _Remembered(
         Batch(inputs, scored, part.batch.labels[:count]),
         part.features[:count],
-        part.expected[:count],
         part.cross[:count],
         part.log_sum[:count],
     )

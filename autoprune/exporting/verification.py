@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from autoprune.errors import AutoPruneError, ExportError
 from autoprune.exporting.marker import exporter_of
 from autoprune.models.checkpoints import Checkpoint, load_tokenizer
-from autoprune.models.statistics import matmul_precision
 from autoprune.models.task import Task
 from autoprune.plugins import load_plugins
 
@@ -35,9 +34,6 @@ agree bit for bit (measured). The bound leaves room for a figure that was measur
 another, which adds bfloat16 products in another order: it is the difference up to which
 bfloat16 counts as the same as float32 here.
 """
-
-_CHUNK = 64
-"""Positions whose logits exist at a time, as in the evaluation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +156,7 @@ def measure(request: dict[str, Any]) -> dict[str, float]:
         for ids in torch.tensor(request["ids"]).split(request["batch"]):  # type: ignore[no-untyped-call]
             batch = task.batch(ids, tokenizer)
             features = task.features(model, batch)
-            nll = _losses(head, features, batch.labels)
+            nll = head.losses(features, batch.labels)
             counts = batch.scored.sum(1).tolist()
             pieces = nll.split(counts)  # type: ignore[no-untyped-call]
             losses += [window.mean() for window in pieces]
@@ -169,23 +165,6 @@ def measure(request: dict[str, Any]) -> dict[str, float]:
         "perplexity": float(mean.exp()),
         "size_bytes": exporter.written_bytes(folder),
     }
-
-
-def _losses(
-    head: Any,
-    features: Float[Tensor, "positions hidden"],
-    labels: Int[Tensor, " positions"],
-) -> Float[Tensor, " positions"]:
-    """Give the negative log-likelihood of each label, computed as in the evaluation."""
-    losses = []
-    bf16 = features.dtype == torch.bfloat16
-    for start in range(0, len(features), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        with matmul_precision("bf16" if bf16 else "ieee"):
-            logits = head.logits(features[rows])
-        right = logits.gather(1, labels[rows, None])[:, 0]
-        losses.append(logits.logsumexp(-1) - right)
-    return torch.cat(losses)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What is known of a layer's inputs, gathered from tokens as they stream by."""
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -62,9 +62,7 @@ class Gathering:
         if self.square_sum is not None:
             self.square_sum += full.square().sum(0)
         if self.hessian is not None:
-            # Numbers that came as bfloat16 are products without rounding error in
-            # bfloat16 units with float32 sums: several times faster, and exact.
-            with matmul_precision("bf16" if inputs.dtype == torch.bfloat16 else "ieee"):
+            with exact_products(inputs):
                 self._add_products(full)
 
     def result(self) -> InputStatistics:
@@ -82,6 +80,16 @@ class Gathering:
         for start in range(0, width, step):
             strip = inputs[:, start : start + step]
             self.hessian[start : start + step, start:] += strip.T @ inputs[:, start:]
+
+
+def exact_products(source: Tensor) -> AbstractContextManager[None]:
+    """Multiply float32 copies as fast as is exact for what they were copied from.
+
+    Numbers that came as bfloat16 lose nothing in bfloat16 units, whose products are
+    exact and whose sums are float32: several times faster than float32 units.
+    """
+    bf16 = source.dtype == torch.bfloat16
+    return matmul_precision("bf16" if bf16 else "ieee")
 
 
 @contextmanager

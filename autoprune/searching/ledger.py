@@ -244,10 +244,8 @@ class Ledger:
             return default if found is None else json.loads(found[0])
 
     def _set_meta(self, key: str, value: Any) -> None:
-        self._connection.execute(
-            "INSERT OR REPLACE INTO meta VALUES (?, ?)",
-            (key, json.dumps(value)),
-        )
+        row = (key, json.dumps(value))
+        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", row)
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from autoprune.errors import ModelError
-from autoprune.evaluation.quality import CHUNK, Quality, Teacher
-from autoprune.models.task import Task
+from autoprune.evaluation.quality import HEADS, Quality, Teacher
+from autoprune.models.task import CHUNK, Task
 from autoprune.models.text import TokenWindows
 
 MASK = SimpleNamespace(mask_token_id=3)
@@ -178,6 +178,23 @@ def test_a_restored_head_is_known_as_the_dense_one(
     assert teacher.measure(tiny_model).mean_kl > 0.1
     tiny_model.lm_head.weight.copy_(before)
     assert teacher.measure(tiny_model).kl.abs().max() < 1e-5
+
+
+def test_heads_that_come_and_go_are_each_compared_rightly() -> None:
+    dense, model = tiny("qwen2"), tiny("qwen2")
+    task, text = task_of("qwen2"), windows()
+    teacher = Teacher(task, model, text, tokenizer=None, batch=2)
+    weight = model.get_output_embeddings().weight
+    generator = torch.Generator().manual_seed(4)
+    heads = [
+        weight + 0.05 * torch.randn(weight.shape, generator=generator)
+        for _ in range(HEADS + 2)
+    ]
+    for head in [*heads, *heads[::-1], dense.get_output_embeddings().weight]:
+        weight.copy_(head)
+        kl, _ = plain(task, dense, model, text)
+        found = teacher.measure(model).kl.double()
+        torch.testing.assert_close(found, kl, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_finite_stays_of_a_broken_model() -> None:

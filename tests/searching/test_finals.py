@@ -1,0 +1,189 @@
+"""The last choice among the best trials, on text that the search never saw."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from tiny_runs import config_of, write_text
+
+from autoprune.errors import BudgetError
+from autoprune.evaluation.workbench import Measured
+from autoprune.plugins import load_plugins
+from autoprune.policy import Action, Policy
+from autoprune.searching.finals import (
+    Candidate,
+    best_so_far,
+    rank,
+    report,
+    resolve_anew,
+    take_candidates,
+)
+from autoprune.searching.objective import Limit, Objective
+from autoprune.searching.plan import Plan
+from autoprune.searching.rows import Trial, utc_now
+
+KL = Objective((("kl", "minimize"),))
+BOTH = Objective((("kl", "minimize"), ("size_bytes", "minimize")))
+
+
+def trial(number: int, *values: float, origin: str = "tpe", **more: object) -> Trial:
+    now = utc_now()
+    text = f"rtn(bits={number % 7 + 2}, group={number + 1})"
+    about: dict[str, object] = {
+        "state": "complete",
+        "metrics": {"kl": max(values, default=math.nan), "reward": -sum(values)},
+    }
+    return Trial(
+        number=number,
+        origin=origin,
+        policy=Policy({"blocks.0.o": Action.parse(text)}),
+        params={},
+        seed=0,
+        started=now,
+        finished=now,
+        values=values,
+        **{**about, **more},  # type: ignore[arg-type]
+    )
+
+
+def numbers(candidates: list[Candidate]) -> list[int]:
+    return [candidate.trial for candidate in candidates]
+
+
+def test_the_best_are_taken_with_the_best_rival() -> None:
+    trials = [
+        trial(0, 5.0, origin="uniform rtn"),
+        trial(1, 4.0, origin="uniform gptq"),
+        trial(2, 1.0),
+        trial(3, 3.0),
+        trial(4, 2.0),
+        trial(5, 0.1, state="diverged"),
+        trial(6, 0.1, constraints={"kl": 0.5}),
+    ]
+    assert numbers(take_candidates(trials, KL, count=2)) == [2, 4, 1]
+    assert numbers(take_candidates(trials, KL, count=9)) == [2, 4, 3, 1, 0]
+    assert best_so_far(trials, KL) == trials[2].policy
+
+
+def test_a_rival_that_is_among_the_best_is_taken_once() -> None:
+    trials = [trial(0, 1.0, origin="uniform rtn"), trial(1, 2.0)]
+    assert numbers(take_candidates(trials, KL, count=2)) == [0, 1]
+
+
+def test_large_values_can_be_the_best() -> None:
+    trials = [trial(0, 1.0), trial(1, 3.0), trial(2, 2.0)]
+    reward = Objective((("reward", "maximize"),))
+    assert numbers(take_candidates(trials, reward, count=2)) == [1, 2]
+
+
+def test_from_a_front_the_reward_picks() -> None:
+    # By the first goal alone trial 0 would come first; trial 3 is beaten by trial 1.
+    trials = [trial(0, 1.0, 9.0), trial(1, 2.0, 2.0), trial(2, 3.0, 1.5)]
+    trials.append(trial(3, 2.0, 2.5))
+    assert numbers(take_candidates(trials, BOTH, count=2)) == [1, 2]
+    assert best_so_far(trials, BOTH) == trials[1].policy
+
+
+def test_nothing_is_best_where_no_trial_keeps_the_limits() -> None:
+    limited = Objective(KL.goals, (Limit("perplexity", 20.0),))
+    trials = [
+        trial(0, 1.0, metrics={"perplexity": 30.0}, constraints={"perplexity": 0.5}),
+        trial(1, 2.0, metrics={"perplexity": 22.0}, constraints={"perplexity": 0.1}),
+    ]
+    assert best_so_far(trials, limited) is None
+    message = (
+        r"none of 2 trials kept every limit \(perplexity 20\); the nearest, trial 1, "
+        "has perplexity 22. Relax the limits"
+    )
+    with pytest.raises(BudgetError, match=message):
+        take_candidates(trials, limited, count=2)
+
+
+def test_the_last_error_is_told_where_no_trial_is_complete() -> None:
+    trials = [trial(0, 9.0, state="diverged"), trial(1, state="failed", error="E: why")]
+    with pytest.raises(BudgetError, match="none of 2 trials is complete; .*: E: why"):
+        take_candidates(trials, KL, count=2)
+    with pytest.raises(BudgetError, match="none of 1 trials is .*last one: diverged"):
+        take_candidates(trials[:1], KL, count=2)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Plan:
+    text = write_text(tmp_path_factory.mktemp("text"))
+    space = [{"actions": ["gptq(bits=[3, 4], group=16)", "wanda(pattern=2:4)"]}]
+    config = config_of(tiny_checkpoint, text, space=space, bank="dense", objective={})
+    return Plan.make(config, load_plugins())
+
+
+def candidates(plan: Plan) -> list[Candidate]:
+    return [
+        Candidate(number, origin, policy)
+        for number, (origin, policy) in enumerate(plan.proposals)
+    ]
+
+
+def kl(measured: Measured) -> float:
+    return measured.metrics["kl"]
+
+
+def test_candidates_are_ranked_by_what_they_cost_on_the_choice_split(
+    plan: Plan,
+) -> None:
+    ranked = rank(plan.bench, plan.bank, candidates(plan), kl)
+    origins = [finalist.candidate.origin for finalist in ranked]
+    assert origins == [
+        "uniform gptq(bits=4, group=16)",
+        "uniform gptq(bits=3, group=16)",
+        "uniform wanda(pattern=2:4)",
+    ]
+    for finalist in ranked:
+        policy = finalist.candidate.policy
+        found = plan.bench.measure(policy, plan.bank, "choice").metrics
+        assert finalist.choice.metrics == found
+        assert not finalist.resolved
+        assert finalist.reference is None
+    upside_down = rank(plan.bench, plan.bank, candidates(plan), lambda m: -kl(m))
+    assert [f.candidate.origin for f in upside_down] == origins[::-1]
+
+
+def test_the_better_of_two_solutions_is_kept(plan: Plan) -> None:
+    """Whether its variants are made now or have been made before."""
+    first = rank(plan.bench, plan.bank, candidates(plan), kl)[-1]
+    policy = first.candidate.policy
+    steps: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        steps.append((done, total))
+
+    for told in ([(0, 2), (1, 2), (2, 2)], []):
+        better = resolve_anew(plan.bench, first, lambda m: -kl(m), progress)
+        worse = resolve_anew(plan.bench, first, kl, progress)
+        kept = {better.resolved: better, worse.resolved: worse}
+        assert kept.keys() == {True, False}  # one of the two is smaller
+        assert kept[False] is first
+        own = kept[True]
+        assert own.bank.name != first.bank.name
+        assert own.reference == policy
+        again = plan.bench.measure(policy, own.bank, "choice").metrics
+        assert own.choice.metrics == again
+        assert kl(own.choice) != kl(first.choice)
+        assert steps == told
+        steps.clear()
+
+
+def test_a_solution_that_diverges_is_no_better(plan: Plan) -> None:
+    first = rank(plan.bench, plan.bank, candidates(plan), kl)[0]
+    assert resolve_anew(plan.bench, first, lambda _: math.inf) is first
+
+
+def test_the_report_says_how_sure_it_is(plan: Plan) -> None:
+    first = rank(plan.bench, plan.bank, candidates(plan), kl)[0]
+    told = report(plan.bench, first)
+    assert told["trial"] == first.candidate.trial
+    assert told["choice"] == first.choice.metrics
+    fresh = plan.bench.measure(first.candidate.policy, plan.bank, "report").metrics
+    assert told["report"] == fresh
+    assert 0 < told["kl_standard_error"] < math.inf
+    figures: Mapping[str, float] = told["report"]
+    assert figures["kl"] != told["choice"]["kl"]  # other text
