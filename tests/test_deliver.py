@@ -213,7 +213,7 @@ def test_a_text_that_has_changed_is_told(tiny_checkpoint: Path, tmp_path: Path) 
     search(config_of(tiny_checkpoint, text), tmp_path / "run")
     write_text(tmp_path, documents=290)
     with pytest.raises(
-        RunError, match=r"run has changed:\n  text\.report: '\w{16}' then"
+        RunError, match=r"made with has changed:\n  text\.report: '\w{16}' then"
     ):
         export(tmp_path / "run")
 

@@ -333,6 +333,16 @@ def test_compute_is_a_budget_as_well(
     assert (result.trials["gflop_per_token"] >= 0.99 * limit).all()
 
 
+def test_a_budget_that_bounds_nothing_leaves_the_search_free(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    objective = {"budgets": {"size_bytes": "99%"}}
+    config = config_of(tiny_checkpoint, text, space=FINE, objective=objective)
+    result = search(config, tmp_path / "run")
+    assert result.ended == "trials"
+    assert result.trials["size_bytes"].nunique() > 3
+
+
 def test_two_budgets_are_kept_at_once(
     tiny_checkpoint: Path, text: str, tmp_path: Path
 ) -> None:

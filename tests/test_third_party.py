@@ -1,5 +1,6 @@
 """A method from a separate pip package works like a built-in one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import yaml
+from tiny_runs import space_of, write_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.ci]
 
@@ -163,6 +166,50 @@ def test_it_is_named_refused_priced_and_made(site: Path, tiny_checkpoint: Path) 
     )
     assert "stripes(every=...) lies from 2 to 16, found 99" in told[3]
     assert told[4].startswith("unknown method 'strips'. Did you mean 'stripes'?")
+
+
+def test_a_search_names_it_and_runs_with_it(
+    site: Path, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """In a fresh Python, from a YAML file to an export that a third Python loads."""
+    space = {
+        "space": [{"actions": ["stripes(every=[2, 4])", "rtn(bits=4, group=16)"]}],
+        "objective": {"budgets": {"size_bytes": "70%"}},
+        "search": {"trials": 5, "finalists": 2},
+    }
+    path = tmp_path / "space.yaml"
+    path.write_text(
+        yaml.safe_dump(space_of(tiny_checkpoint, write_text(tmp_path), **space))
+    )
+    code = """
+    import json, sys
+    from pathlib import Path
+    import autoprune
+
+    path = Path(sys.argv[1])
+    result = autoprune.search(path, path.parent / "run")
+    (report,) = autoprune.export(path.parent / "run", trial=0)
+    print(json.dumps({
+        "states": result.trials["state"].tolist(),
+        "actions": result.trials.filter(like="site.").stack().unique().tolist(),
+        "exported": [str(a) for a in report.policy.values()],
+        "predicted": result.trials["size_bytes"][0],
+        "size": report.size_bytes,
+    }))
+    wrong = path.read_text().replace("stripes", "stirpes")
+    path.with_name("wrong.yaml").write_text(wrong)
+    try:
+        autoprune.search(path.with_name("wrong.yaml"), path.parent / "wrong")
+    except autoprune.ConfigError as error:
+        print(error)
+    """
+    told, error = run_with(site, code, str(path)).splitlines()
+    found = json.loads(told)
+    assert found["states"] == ["complete"] * 5
+    assert {"stripes", "stripes(every=4)"} & set(found["actions"])
+    assert "stripes" in found["exported"]
+    assert found["size"] == found["predicted"]
+    assert "unknown method 'stirpes'. Did you mean 'stripes'?" in error
 
 
 def test_its_method_keeps_the_contract(site: Path, tmp_path: Path) -> None:

@@ -94,11 +94,11 @@ class VariantStore:
         path = self._path(key)
         try:
             storage, parts = _read(path)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            if not path.exists():  # torch tells of a file that is gone as RuntimeError
+                return None
             raise StoreError(
-                f"cannot read the variant {path}: {error.strerror}. {_ELSEWHERE}"
+                f"cannot read the variant {path}: {error}. {_ELSEWHERE}"
             ) from error
         except SafetensorError as error:
             log.warning("variant file %s is damaged (%s): making it again", path, error)

@@ -4,6 +4,7 @@ A proposal over a budget need not be punished: sites drawn at random go down one
 of price at a time until it fits, others up until at most ``SLACK`` is left.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,8 +69,10 @@ class Projection:
             self._costs[:, barred] = np.inf
         dearest = np.where(np.isfinite(self._costs[0]), self._costs[0], -np.inf)
         highest = float(dearest.max(axis=1).sum() + self._constants[0])
-        self._ceiling = min(budgets[0].limit, highest)
-        self._slack = SLACK * self._ceiling
+        # A budget that nothing exceeds bounds nothing: filled up, it would turn all
+        # choices into the one that costs most.
+        binding = highest > budgets[0].limit
+        self._slack = SLACK * budgets[0].limit if binding else math.inf
         self.cheapest = self._settle()
 
     def totals(
@@ -91,7 +94,8 @@ class Projection:
 
         Returns:
             Choices within every budget, and at most ``SLACK`` under the first where
-            a few random paths of moves and pairs of moves reach it.
+            a few random paths of moves and pairs of moves reach it. Choices within
+            a first budget that no policy exceeds stay as they are.
         """
         start = np.array(indices, dtype=np.int64)
         barred = np.isinf(self._costs[0, self._rows, start])
@@ -102,8 +106,9 @@ class Projection:
                 break
             shaken = rng.random(len(start)) < path / PATHS
             anything = _draw(np.isfinite(self._costs[0]), rng)
-            other = self._walk(np.where(shaken, anything, start), rng)
-            best = min(best, other, key=self._short)
+            other = np.where(shaken, anything, start)
+            self._leap(other, best, rng)
+            best = min(best, self._walk(other, rng), key=self._short)
         return best
 
     def _walk(self, start: NDArray[np.int64], rng: Generator) -> NDArray[np.int64]:
@@ -116,9 +121,23 @@ class Projection:
                 break
         return current
 
+    def _leap(
+        self, start: NDArray[np.int64], best: NDArray[np.int64], rng: Generator
+    ) -> None:
+        """Make one site dear, likelier one with far to go: others have to make room.
+
+        A site that is large beside the rest, as an embedding is, would stay as cheap as
+        it is where no small move leads over the gap.
+        """
+        costs = np.where(np.isfinite(self._costs[0]), self._costs[0], -np.inf)
+        rise = costs.max(axis=1) - costs[self._rows, best]
+        if rise.sum() > 0:
+            site = rng.choice(len(rise), p=rise / rise.sum())
+            start[site] = costs[site].argmax()
+
     def _short(self, current: NDArray[np.int64]) -> float:
-        """Tell how far the first metric is under its budget, or under all it can be."""
-        return self._ceiling - float(self.totals(current)[0])
+        """Tell how far the first metric is under its budget."""
+        return float(self._limits[0] - self.totals(current)[0])
 
     def _gap(self, current: NDArray[np.int64]) -> NDArray[np.float64]:
         gap: NDArray[np.float64] = self._limits - self.totals(current)

@@ -160,8 +160,13 @@ def cells(run: Cells) -> dict[str, Callable[[], dict[str, float]]]:
     for name, (params, level) in LEVELS.items():
         found[f"plain-{name}"] = lambda level=level: run.plain(level)
         for method in ("sparsegpt", "wanda", "magnitude"):
-            text = f"{method}({params})"
-            found[f"{method}-{name}"] = lambda text=text: run.method(text)
+            action = f"{method}({params})"
+            found[f"{method}-{name}"] = lambda action=action: run.method(action)
+    # The same again with a hundredth more damping: how far chance alone moves a figure.
+    again: Level = {"sparsity": 0.7, "damping": 0.0101}
+    found["plain-70-again"] = lambda: run.plain(again)
+    text = "sparsegpt(sparsity=0.7, damping=0.0101)"
+    found["sparsegpt-70-again"] = lambda: run.method(text)
     found["nine-sparsegpt"] = run.nine_ours
     found["nine-plain"] = run.nine_plain
     return found

@@ -14,6 +14,7 @@ from autoprune.searching.fingerprint import differences
 from autoprune.searching.plan import Plan
 
 LEVELS = [{"actions": ["rtn(bits=[3, 4, 8], group=16)"]}]
+FOUR, EIGHT = "rtn(bits=4, group=16)", "rtn(bits=8, group=16)"
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +50,17 @@ def test_pairs_are_all_that_trials_can_ask_for(make: Any) -> None:
 @pytest.mark.parametrize(
     ("objective", "found"),
     [
-        ({}, "rtn(bits=4, group=16)"),  # in the middle
-        ({"budgets": {"size_bytes": "90%"}}, "rtn(bits=8, group=16)"),
-        ({"budgets": {"size_bytes": 142_000}}, "rtn(bits=4, group=16)"),
+        ({}, [FOUR]),  # in the middle
+        ({"budgets": {"size_bytes": "90%"}}, [EIGHT]),
+        ({"budgets": {"size_bytes": 142_500}}, [FOUR, EIGHT]),  # a mix that fits
     ],
-    ids=["free", "wide", "tight"],
+    ids=["free", "wide", "between"],
 )
 def test_the_reference_is_the_uniform_policy_nearest_to_the_budget(
-    objective: dict[str, Any], found: str, make: Any
+    objective: dict[str, Any], found: list[str], make: Any
 ) -> None:
     plan = make(space=LEVELS, objective=objective)
-    sized = {name: plan.problem.price("size_bytes", p) for name, p in plan.proposals}
-    own = plan.problem.price("size_bytes", plan.reference)
-    if objective:
-        assert own >= 0.99 * max(sized.values())
-    assert str(found) in "".join(bits(plan.reference)) or len(bits(plan.reference)) > 1
+    assert bits(plan.reference) == set(found)
     assert plan.bank.reference == plan.bench.per_layer(plan.reference)
 
 

@@ -96,13 +96,37 @@ def test_options_of_equal_price_are_all_reached(problem_of):
         assert (counts[1:4] > 15).all()
 
 
-def test_budget_above_all_there_is_takes_the_largest(problem_of):
+def test_budget_above_all_there_is_changes_nothing(problem_of):
+    """Filled up, it would leave one policy in the space: the dearest."""
     problem = problem_of(10, 4)
-    projection = projection_of(problem, 1e9)
+    dearest = problem.prices[0].padded(problem.space).max(1).sum() + 500
     rng = np.random.default_rng(0)
-    costs = problem.prices[0].padded(problem.space)
-    total = projection.totals(projection.fit(np.full(10, 3), rng))[0]
-    assert total >= (costs.max(1).sum() + 500) * (1 - SLACK)
+    for limit in (dearest, 1e9):
+        projection = projection_of(problem, limit)
+        for _ in range(5):
+            start = rng.integers(0, 4, 10)
+            assert projection.fit(start, rng).tolist() == start.tolist()
+    below = projection_of(problem, dearest - 1)
+    total = below.totals(below.fit(np.full(10, 3), rng))[0]
+    assert (dearest - 1) * (1 - SLACK) <= total < dearest
+
+
+def test_a_site_as_large_as_many_others_does_not_keep_a_budget_unused(problem_of):
+    """As an embedding: cheap, it leaves a gap that all other sites cannot fill."""
+    problem = problem_of(60, 3)
+    large, *others = problem.space.choices
+    table = {site: np.array([90.0, 70.0, 69.0]) for site in others}
+    table[large] = np.array([3000.0, 1500.0, 1499.0])
+    limit = 1500.0 + 59 * 90 + 500
+    projection = Projection(
+        problem.space, [Prices("size_bytes", table)], [Budget("size_bytes", limit)]
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        start = rng.integers(0, 3, 60)
+        start[0] = 1
+        total = projection.totals(projection.fit(start, rng))[0]
+        assert limit * (1 - SLACK) <= total <= limit
 
 
 def test_several_budgets_are_all_kept(problem_of):

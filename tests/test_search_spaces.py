@@ -1,0 +1,80 @@
+"""Each space that ships loads, fits a model, and runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_runs import write_text
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from autoprune.config import RunConfig
+from autoprune.run import find_space, search
+
+FOLDER = Path(__file__).parents[1] / "search_spaces"
+SPACES = sorted(FOLDER.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def model(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A checkpoint whose widths the groups of the spaces divide."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        dtype=torch.bfloat16,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_there_are_three() -> None:
+    assert [path.stem for path in SPACES] == ["joint", "quick", "sparsity"]
+    for path in SPACES:
+        assert find_space(path.stem).samefile(path)
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_a_space_reads_strictly_and_says_what_it_is_for(path: Path) -> None:
+    config = RunConfig.from_yaml(path)
+    assert config.model == "demo"
+    assert config.text.source == "builtin"
+    assert config.search.trials
+    assert path.read_text().startswith("# For ")
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_a_space_runs_two_trials(path: Path, model: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "model": str(model),
+        "text__source": write_text(tmp_path),
+        "text__window": 32,
+        **{f"text__{n}": 2 for n in ("statistics", "fitness", "choice", "report")},
+        "search__trials": 2,
+        "search__finalists": 1,
+    }
+    config = RunConfig.from_yaml(path, **changes)
+    result = search(config, tmp_path / "run")
+    assert result.ended == "trials"
+    assert result.trials["state"].tolist() == ["complete", "complete"]
+    assert result.policy is not None
+    given = yaml.safe_load(path.read_text())["objective"]["budgets"]
+    report = result.finals["winner"]["report"]
+    if "sparsity" in given:
+        assert report["sparsity"] >= given["sparsity"]
+    else:
+        share = float(given["size_bytes"].rstrip("%")) / 100
+        assert report["size_bytes"] <= share * result.finals["dense"]["size_bytes"]
