@@ -15,7 +15,7 @@ def to_json(data: Any) -> str:
 
     Example:
         >>> to_json({"kl": float("inf"), "folder": Path("export")})
-        '{\n  "kl": null,\n  "folder": "export"\\n}'
+        '{\n  "kl": null,\n  "folder": "export"\n}'
     """
     return json.dumps(_plain(data), indent=2, allow_nan=False)
 
