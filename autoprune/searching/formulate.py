@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from autoprune.compression.actions import Actions
 from autoprune.config import Limit, ObjectiveConfig, Rule
 from autoprune.errors import (
     BudgetError,
@@ -40,7 +41,7 @@ def formulate(
         ConfigError: If an action, a site pattern or a metric is unknown or impossible.
         BudgetError: If no policy of the space meets a budget.
     """
-    parsed = [(rule.sites, _actions(bench, rule)) for rule in rules]
+    parsed = [(rule.sites, read_actions(bench.actions, rule)) for rule in rules]
     space = build_space(bench.inventory.sites, parsed, _refuses(bench))
     additive = {name for name in budgets if is_additive(bench, name)}
     names = sorted(additive | {SIZE}, key=lambda name: (name != SIZE, name))
@@ -63,10 +64,16 @@ def is_additive(bench: Workbench, name: str) -> bool:
     return bench.metric(name).price(layer, storage, bench.scene()) is not None
 
 
-def _actions(bench: Workbench, rule: Rule) -> tuple[Action, ...]:
+def read_actions(known: Actions, rule: Rule) -> tuple[Action, ...]:
+    """Read the actions of a rule, checked, each once.
+
+    Raises:
+        ConfigError: If one is no action, or its method or a parameter is unknown or
+            impossible.
+    """
     try:
         parsed = [action for text in rule.actions for action in Action.parse_all(text)]
-        return tuple(dict.fromkeys(bench.actions.canonical(a) for a in parsed))
+        return tuple(dict.fromkeys(known.canonical(a) for a in parsed))
     except (PolicyError, MethodError) as error:
         raise ConfigError(f"space, sites {rule.sites!r}: {error}") from error
 

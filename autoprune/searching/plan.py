@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoprune.compression.actions import Actions
 from autoprune.compression.bank import VariantBank
 from autoprune.config import RunConfig
 from autoprune.errors import ConfigError
@@ -13,7 +14,13 @@ from autoprune.evaluation.reward import Reward
 from autoprune.evaluation.workbench import Measured, Workbench
 from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
-from autoprune.searching.formulate import SIZE, formulate, front_goals, make_objective
+from autoprune.searching.formulate import (
+    SIZE,
+    formulate,
+    front_goals,
+    make_objective,
+    read_actions,
+)
 from autoprune.searching.objective import Direction, Objective
 from autoprune.searching.problem import Problem
 from autoprune.searching.study import Proposal
@@ -59,7 +66,10 @@ class Plan:
             ConfigError: If the configuration is wrong or no policy meets the budgets.
             AutoPruneError: If model, text or a plugin fails.
         """
+        # What can be refused without a model is refused before one is loaded.
         plugins.get("samplers", config.search.sampler)
+        for rule in config.space:
+            read_actions(Actions(plugins.methods), rule)
         reward = _reward(config, plugins)
         bench = Workbench.open(
             plugins,
