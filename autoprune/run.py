@@ -1,6 +1,5 @@
 """The whole path: a configuration in, a run folder with the best policy out."""
 
-import json
 import math
 import os
 import time
@@ -19,6 +18,7 @@ from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
+from autoprune.reporting.machine import to_json
 from autoprune.reporting.observer import SEARCHING, Observer
 from autoprune.searching.finals import (
     RIVAL,
@@ -140,8 +140,8 @@ def search(
         observer.stage("choosing among finalists")
         winner, finals = _conclude(plan, ledger.trials(), observer)
         record = _record(plan, winner, finals)
-        write_text(folder / "finals.json", json.dumps(finals, indent=2))
-        write_text(folder / "policy.json", json.dumps(record, indent=2))
+        write_text(folder / "finals.json", to_json(finals))
+        write_text(folder / "policy.json", to_json(record))
         best = winner.candidate.policy
         return SearchResult(folder, best, finals, ledger.frame(), ended)
 

@@ -20,6 +20,9 @@ from autoprune.plugins import Plugins, load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.observer import Observer
 
+DEFAULT_TASK = "causal-lm"
+"""What a model is for where nothing says otherwise."""
+
 SEED = 0
 """Decides which documents go to which split, where no run says so."""
 
@@ -30,7 +33,7 @@ def apply(
     model: str,
     out: str | Path,
     target: str = "packed",
-    task: str = "causal-lm",
+    task: str | None = None,
     text: TextConfig | None = None,
     force: bool = False,
     plugins: Sequence[str] = (),
@@ -46,7 +49,7 @@ def apply(
         model: Folder, hub id, GGUF file or ``demo``.
         out: Folder to write.
         target: Export target.
-        task: What the model is for.
+        task: What the model is for; by default what the policy was made for.
         text: Which text to take statistics from and to measure on.
         force: Replace an export that is there already.
         plugins: Modules to load beside the installed plugins.
@@ -58,6 +61,7 @@ def apply(
     """
     observer = observer or Observer()
     chosen = policy if isinstance(policy, Policy) else read_policy(policy)
+    task = task or _task_of(policy)
     text = text or TextConfig()
     observer.stage("loading model and text")
     bench = _open(load_plugins(plugins), model, task, text, target)
@@ -92,7 +96,7 @@ def evaluate(
     model: str,
     *,
     policy: str | Path | Policy | None = None,
-    task: str = "causal-lm",
+    task: str | None = None,
     text: TextConfig | None = None,
     target: str = "packed",
     plugins: Sequence[str] = (),
@@ -104,7 +108,7 @@ def evaluate(
         model: Folder, hub id, GGUF file or ``demo``; or the folder of an export.
         policy: A policy, or the path of a ``policy.json``; its variants are made on
             the inputs that its own compressed blocks give.
-        task: What the model is for.
+        task: What the model is for; by default what the policy was made for.
         text: Which text; for an export by default the one it was measured on.
         target: Export target, for sizes.
         plugins: Modules to load beside the installed plugins.
@@ -126,7 +130,9 @@ def evaluate(
                 f"{model} is an export, which has its policy already; put {policy} on "
                 "the dense model"
             )
+        task = task or _task_of(Path(model) / POLICY_FILE)
         return {"export": _measure_export(Path(model), task, text, plugins)}
+    task = task or _task_of(policy)
     bench = _open(load_plugins(plugins), model, task, text or TextConfig(), target)
     observer.stage("measuring the dense model")
     found = {"dense": bench.dense_metrics("report")}
@@ -170,6 +176,15 @@ def _measure_export(
             "threads": torch.get_num_threads(),
         }
     )
+
+
+def _task_of(policy: str | Path | Policy | None) -> str:
+    """Tell what a policy's file says that it was made for; else the usual task."""
+    if policy is None or isinstance(policy, Policy):
+        return DEFAULT_TASK
+    read_policy(policy)  # refuses what is no policy
+    record = json.loads(Path(policy).read_text(encoding="utf-8"))
+    return str(record.get("task", DEFAULT_TASK))
 
 
 def read_policy(path: str | Path) -> Policy:

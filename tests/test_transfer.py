@@ -202,3 +202,16 @@ def test_unknown_names_are_told(
         wrong = {site: "gptk(bits=4)" for site in run.policy}
         apply(Policy.from_dict({"actions": wrong}), model=model, **place)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_task_is_the_one_that_the_policy_was_made_for(
+    run: SearchResult, tiny_checkpoint: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    record = json.loads((run.run_dir / "policy.json").read_text())
+    assert record["task"] == "causal-lm"
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(record | {"task": "made-for-this"}))
+    with pytest.raises(PluginError, match="made-for-this"):
+        evaluate(str(tiny_checkpoint), policy=file, text=text)
+    with pytest.raises(PluginError, match="made-for-this"):
+        apply(file, model=str(tiny_checkpoint), out=tmp_path / "out", text=text)
