@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 Pairs = Iterable[tuple[Layer, Action]]
 
 
+INPUTS_VERSION = 2
+"""Raised when a bank takes its inputs in another way; part of every variant's key."""
+
+
 @dataclass(eq=False)
 class VariantBank:
     """Variants of one model, made on the inputs that a reference policy leaves.
@@ -58,7 +62,8 @@ class VariantBank:
             if action.steps
         }
         dtype = str(self.stitched.dtype)  # inputs differ with the type they come from
-        return digest([self.revision, self.tokens.fingerprint, dtype, reference])
+        inputs = [self.revision, self.tokens.fingerprint, dtype, reference]
+        return digest([INPUTS_VERSION, *inputs])
 
     def key(self, layer: Layer, action: Action) -> str:
         """Name a variant by all that it depends on, and nothing else.
@@ -140,6 +145,7 @@ class VariantBank:
     ) -> None:
         """Take each block's inputs, make its variants, pass on what it gives."""
         last = max(layer.block or 0 for layer, _ in wanted)
+        self._put_outside()
         runner = BlockRunner(
             self.stitched.model, self.inventory, self.tokens.ids, batch=self.batch
         )
@@ -163,6 +169,15 @@ class VariantBank:
                 self.stitched.write(layer, action, variant.weight)
             hidden = runner.run(block, hidden) if reference else after
         progress(last + 1, last + 1)
+
+    def _put_outside(self) -> None:
+        """Put the reference's variants on the embedding, before any block is run."""
+        for layer, action in self.reference.items():
+            if layer.block is None and action.steps:
+                if self.missing([(layer, action)]):
+                    self._make_group((layer,), [action], NO_STATISTICS)
+                variant = self._read(layer, action)
+                self.stitched.write(layer, action, variant.weight)
 
     def _gatherings(self, pairs: Pairs) -> dict[str, Gathering]:
         needs: dict[str, set[str]] = {}

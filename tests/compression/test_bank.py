@@ -303,6 +303,19 @@ def test_a_reference_gives_propagated_inputs(bench: Bench, action: Action) -> No
     assert kept_columns(bank.get(down[1], CURVE)) == expected
 
 
+def test_a_reference_compresses_the_embedding_too(bench: Bench) -> None:
+    embedding, *blocks = bench.found.layers
+    assert embedding.block is None
+    bank = bench.bank({embedding: EARLY})
+    first = next(layer for layer in blocks if layer.role == "down_proj")
+    bank.make([(first, CURVE)])
+    assert set(bench.stitched.actions.values()) == {DENSE}
+    assert not same(bank.get(first, CURVE), bench.bank().get(first, CURVE))
+    bank.put({embedding: EARLY})
+    expected = best_columns(inputs_of(bench.model, first))
+    assert kept_columns(bank.get(first, CURVE)) == expected
+
+
 def test_making_leaves_on_the_model_what_was_there(bench: Bench) -> None:
     bank, layer = bench.bank(), bench.layers[0]
     bank.put({layer: EARLY, bench.layers[9]: NORM})
