@@ -151,6 +151,7 @@ def _measure_export(
     folder: Path, task: str, text: TextConfig | None, plugins: Sequence[str]
 ) -> dict[str, float]:
     """Load an export and measure it, by default on the tokens of its own figures."""
+    read_policy(folder / POLICY_FILE)  # refuses a damaged file by name
     record = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
     if text is None:
         named = record.get("text", {})

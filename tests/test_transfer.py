@@ -215,3 +215,12 @@ def test_the_task_is_the_one_that_the_policy_was_made_for(
         evaluate(str(tiny_checkpoint), policy=file, text=text)
     with pytest.raises(PluginError, match="made-for-this"):
         apply(file, model=str(tiny_checkpoint), out=tmp_path / "out", text=text)
+
+
+def test_an_export_with_a_damaged_policy_is_named(
+    text: TextConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "autoprune.json").write_text("{}")
+    (tmp_path / "policy.json").write_text("{broken")
+    with pytest.raises(PolicyError, match="cannot read the policy .*policy.json"):
+        evaluate(str(tmp_path), task="causal-lm", text=text)
