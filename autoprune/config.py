@@ -192,6 +192,8 @@ class RunConfig(_Part):
         model: Local folder, hub id, GGUF file, or ``demo``.
         task: What the model is for.
         text: Which text.
+        fuse: Layers that runtimes fuse (q, k, v; gate, up) share one action. Zeros
+            without a pattern need no kernel: there false gives each its own.
         space: Rules in order; the last that matches a site decides.
         bank: Whose compressed model gives the inputs that variants are made on:
             ``dense``, or ``uniform`` for the uniform policy nearest to the budget.
@@ -204,6 +206,7 @@ class RunConfig(_Part):
     model: str = "demo"
     task: str = "causal-lm"
     text: TextConfig = TextConfig()
+    fuse: bool = True
     space: list[Rule] = Field(min_length=1)
     bank: Literal["dense", "uniform"] = "uniform"
     objective: ObjectiveConfig = ObjectiveConfig()

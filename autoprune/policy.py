@@ -18,11 +18,8 @@ from autoprune.errors import PolicyError, unknown_name
 Value = int | float | bool | str
 """A parameter of a step."""
 
-POLICY_FORMAT = 1
-"""Version of the policy file; a reader refuses a newer one."""
-
+POLICY_FORMAT = 1  # of the policy file; a reader refuses a newer one
 SCHEDULES = ("one-shot",)
-"""Names of the schedules there are."""
 
 _STEP = re.compile(r"\s*([a-z][\w-]*)\s*(?:\(([^()]*)\))?\s*")
 _LIST = re.compile(r"\[([^\[\]]*)\]")
@@ -78,6 +75,11 @@ class Site:
     def numel(self) -> int:
         """Number of weights in all layers."""
         return sum(layer.numel for layer in self.layers)
+
+    def part(self, layer: Layer) -> str:
+        """Name the site that one of the layers has alone where none are fused."""
+        last = layer.name.rpartition(".")[2].replace("[", ".").rstrip("]")
+        return f"{self.name}.{last}" if len(self.layers) > 1 else self.name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,23 +236,31 @@ class Policy(Mapping[str, Action]):
         return cls({site.name: action for site in sites})
 
     def per_layer(self, sites: tuple[Site, ...]) -> dict[Layer, Action]:
-        """Tell the action of every layer.
+        """Tell the action of every layer; those of a site may each have their own.
 
         Raises:
             PolicyError: If the policy and the sites do not name the same places.
         """
-        names = {site.name for site in sites}
-        missing = [site.name for site in sites if site.name not in self.actions]
-        extra = [name for name in self.actions if name not in names]
+        named: dict[Layer, str] = {}
+        missing = []
+        for site in sites:
+            parts = {layer: site.part(layer) for layer in site.layers}
+            if site.name in self.actions:
+                named |= dict.fromkeys(site.layers, site.name)
+            elif self.actions.keys() >= set(parts.values()):
+                named |= parts
+            else:
+                missing.append(site.name)
+        extra = sorted(self.actions.keys() - named.values())
         if missing or extra:
             first = [f"first without an action: {name!r}" for name in missing[:1]]
             first += [f"first that the model lacks: {name!r}" for name in extra[:1]]
             raise PolicyError(
-                f"policy covers {len(names) - len(missing)} of {len(sites)} sites and "
+                f"policy covers {len(sites) - len(missing)} of {len(sites)} sites and "
                 f"names {len(extra)} others; {'; '.join(first)}. Give every site an "
                 "action, or 'dense' to leave it unchanged."
             )
-        return {layer: self.actions[s.name] for s in sites for layer in s.layers}
+        return {layer: self.actions[name] for layer, name in named.items()}
 
 
 def format_value(value: Value) -> str:

@@ -175,6 +175,15 @@ def test_a_policy_of_another_model_is_refused(names: list[str], message: str) ->
         policy.per_layer(SITES)
 
 
+def test_layers_of_a_site_may_each_have_their_own_action() -> None:
+    parts = [SITES[0].part(layer) for layer in (Q, K)]
+    policy = Policy({parts[0]: HALF, parts[1]: DENSE, "blocks.0.o": HALF})
+    assert policy.per_layer(SITES) == {Q: HALF, K: DENSE, O: HALF}
+    del policy.actions[parts[1]]  # type: ignore[attr-defined]
+    with pytest.raises(PolicyError, match="covers 1 of 2 .* 1 others"):
+        policy.per_layer(SITES)
+
+
 def test_a_policy_is_a_mapping() -> None:
     policy = Policy({"a": HALF})
     assert dict(policy) == {"a": HALF}

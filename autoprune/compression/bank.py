@@ -95,9 +95,21 @@ class VariantBank:
         changes = self.stitched.changes(wanted)
         self.make(changes.items())
         for layer, action in changes.items():
-            weight = self.get(layer, action).weight if action.steps else None
+            weight = self.weight(layer, action) if action.steps else None
             self.stitched.write(layer, action, weight)
         return len(changes)
+
+    def weight(self, layer: Layer, action: Action) -> Tensor:
+        """Give a variant's weight as the model computes with it. Not to be written to.
+
+        Raises:
+            MethodError: If a step refuses the layer.
+            StoreError: If variants cannot be written or read.
+        """
+        if not action.steps:
+            return self.stitched.dense_weight(layer)
+        key = self.key(layer, action)
+        return self.store.memory.get(key, lambda: self.get(layer, action).weight)
 
     def missing(self, wanted: Pairs) -> list[tuple[Layer, Action]]:
         """Tell which variants are not in the store."""

@@ -18,6 +18,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from autoprune.compression.memory import WeightMemory, memory_bytes
 from autoprune.compression.storage import Storage
 from autoprune.compression.variant import Variant
 from autoprune.errors import StoreError
@@ -66,12 +67,16 @@ class VariantStore:
         folder: Where the files are; made if absent.
         cap_bytes: Most bytes that the files may take.
 
+    Attributes:
+        memory: Unpacked weights that are held beside the files.
+
     Raises:
         StoreError: If the folder cannot be made.
     """
 
     def __init__(self, folder: Path, cap_bytes: int) -> None:
         self.folder = folder
+        self.memory = WeightMemory(memory_bytes())
         self.cap_bytes = cap_bytes
         self._since_scan: int | None = None  # bytes that are there, as far as we know
         try:

@@ -39,6 +39,11 @@ class Scene:
         return {layer: Storage.dense(layer) for layer in self.layers}
 
     @cached_property
+    def block_numel(self) -> int:
+        """Weights of the layers in blocks: what the field's ratios are shares of."""
+        return sum(layer.numel for layer in self.layers if layer.block is not None)
+
+    @cached_property
     def dense_bytes(self) -> int:
         """Exact size of the dense model in the same export target."""
         return self.exporter.size_bytes(self.dense_storages, self.untouched)

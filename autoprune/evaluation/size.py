@@ -46,48 +46,47 @@ class CompressionRatio(SizeBytes):
 
 
 class BitsPerWeight(Metric):
-    """Stored bits a weight of the compressed layers."""
+    """Stored bits a weight in the blocks, as the field counts them."""
 
     name = "bits_per_weight"
     direction = "minimize"
-    help = "stored bits a weight over all layers that sites act on (dense: 16 in bf16)"
+    help = "stored bits a weight in the blocks, embeddings aside (dense: 16 in bf16)"
 
     def measure(self, evidence: Evidence) -> float:
         """Divide all stored bits by all weights, zeros included."""
-        bits = sum(storage.nbytes * 8 for storage in evidence.storages.values())
-        return bits / sum(layer.numel for layer in evidence.scene.layers)
+        pairs = evidence.storages.items()
+        bits = sum(self.price(layer, s, evidence.scene) for layer, s in pairs)
+        return bits / evidence.scene.block_numel
 
     def price(self, layer: Layer, storage: Storage, scene: Scene) -> float:
         """Price a layer by its bits."""
-        return storage.nbytes * 8.0
+        return 0.0 if layer.block is None else storage.nbytes * 8.0
 
     def total_limit(self, limit: float, scene: Scene) -> float:
         """Turn bits a weight into bits."""
-        return limit * sum(layer.numel for layer in scene.layers)
+        return limit * scene.block_numel
 
 
 class Sparsity(Metric):
-    """Fraction of zeros in the layers that sites act on."""
+    """Fraction of zeros in the blocks, as the field counts it."""
 
     name = "sparsity"
     direction = "maximize"
-    help = "zeros over weights, in the layers that sites act on"
+    help = "zeros over weights in the blocks, embeddings aside"
 
     def measure(self, evidence: Evidence) -> float:
         """Count zeros by masks, not by values."""
-        kept = sum(storage.kept for storage in evidence.storages.values())
-        return 1 - kept / self._weights(evidence.scene)
+        pairs = evidence.storages.items()
+        kept = sum(self.price(layer, s, evidence.scene) for layer, s in pairs)
+        return 1 - kept / evidence.scene.block_numel
 
     def price(self, layer: Layer, storage: Storage, scene: Scene) -> float:
         """Price a layer by the weights it keeps."""
-        return float(storage.kept)
+        return 0.0 if layer.block is None else float(storage.kept)
 
     def total_limit(self, limit: float, scene: Scene) -> float:
         """Turn a least sparsity into most kept weights."""
-        return (1 - limit) * self._weights(scene)
-
-    def _weights(self, scene: Scene) -> int:
-        return sum(layer.numel for layer in scene.layers)
+        return (1 - limit) * scene.block_numel
 
 
 class ModelSparsity(Metric):

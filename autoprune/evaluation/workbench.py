@@ -18,7 +18,8 @@ from autoprune.config import TextConfig
 from autoprune.errors import ConfigError, unknown_name
 from autoprune.evaluation.metric import Evidence, Metric, Scene
 from autoprune.evaluation.precision import choose_compute_dtype
-from autoprune.evaluation.quality import Quality, Teacher
+from autoprune.evaluation.quality import Quality
+from autoprune.evaluation.teacher import Teacher
 from autoprune.exporting.exporter import Exporter, ExportJob
 from autoprune.models.checkpoints import (
     Checkpoint,
@@ -96,6 +97,7 @@ class Workbench:
         text: TextConfig,
         target: str,
         seed: int,
+        fuse: bool = True,
         cache: Path | None = None,
     ) -> "Workbench":
         """Load a model and its text.
@@ -107,6 +109,7 @@ class Workbench:
             text: Source, window length and windows a split.
             target: Name of the export target.
             seed: Decides which documents go to which split.
+            fuse: Layers that runtimes fuse make one site.
             cache: Folder for models, variants and verdicts; the user's by default.
 
         Raises:
@@ -129,6 +132,7 @@ class Workbench:
         )
         loaded = load_model(checkpoint, kind.auto_class)
         found = inventory(loaded, list(plugins.objects["architectures"].values()))
+        found = found if fuse else found.unfused()
         untouched = {
             name: Part(*about)
             for name, about in untouched_parameters(loaded, found).items()

@@ -6,7 +6,7 @@ Where a model family keeps its layers comes as a description from a plugin.
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -93,6 +93,15 @@ class Inventory:
     def layers(self) -> tuple[Layer, ...]:
         """Every layer, in the order of the sites."""
         return tuple(layer for site in self.sites for layer in site.layers)
+
+    def unfused(self) -> "Inventory":
+        """Give every layer a site of its own, for formats that no runtime fuses."""
+        parts = (
+            Site(site.part(layer), (layer,), site.kind)
+            for site in self.sites
+            for layer in site.layers
+        )
+        return replace(self, sites=tuple(parts))
 
     def layer(self, name: str) -> Layer:
         """Look up a layer.

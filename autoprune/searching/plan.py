@@ -78,6 +78,7 @@ class Plan:
             text=config.text,
             target=config.export,
             seed=config.search.seed,
+            fuse=config.fuse,
             cache=cache,
         )
         _check_reward(config, bench, reward)

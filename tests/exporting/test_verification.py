@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from autoprune.compression.apply import StitchedModel
 from autoprune.errors import ExportError
-from autoprune.evaluation.quality import Teacher
+from autoprune.evaluation.teacher import Teacher
 from autoprune.exporting.exporter import Exporter
 from autoprune.exporting.verification import TOLERANCE, measure, verify_export
 from autoprune.models.text import TokenWindows

@@ -154,7 +154,7 @@ def test_what_adds_up_is_known(bench: Workbench) -> None:
         (
             limits(sparsity=0.7),
             BudgetError,
-            r"sparsity >= 0.7; .* reach is 0.409\d* \(dense: 0\)",
+            r"sparsity >= 0.7; .* reach is 0.5 \(dense: 0\)",
         ),
         (
             limits(gflop_per_token=1e-6),

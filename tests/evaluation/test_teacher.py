@@ -1,6 +1,7 @@
 """Divergence and loss equal their plain formulas, on every path to them."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from autoprune.errors import ModelError
-from autoprune.evaluation.quality import HEADS, Quality, Teacher
-from autoprune.models.task import CHUNK, Task
+from autoprune.evaluation.quality import Quality
+from autoprune.evaluation.teacher import HEADS, Teacher
+from autoprune.models.task import CHUNK, Head, Task
 from autoprune.models.text import TokenWindows
 
 MASK = SimpleNamespace(mask_token_id=3)
@@ -145,16 +147,57 @@ def test_the_perplexity_of_a_uniform_model_is_the_number_of_words(kind: str) -> 
     assert abs(quality.mean_kl) < 1e-6
 
 
-def test_fewer_windows_are_the_first_ones() -> None:
-    model = tiny("llama")
-    teacher = Teacher(CausalLM(), model, windows(), tokenizer=None, batch=2)
+@pytest.mark.parametrize("kind", ["llama", "bert", "gemma2"])
+def test_some_windows_are_measured_as_among_all(kind: str) -> None:
+    model = make(kind, {"final_logit_softcapping": 3.0} if kind == "gemma2" else {})
+    teacher = Teacher(task_of(kind), model, windows(), tokenizer=MASK, batch=2)
     disturb(model)
     whole = teacher.measure(model)
     assert len(whole.kl) == 5
-    for count in (1, 2, 3, 5, 9):
-        part = teacher.measure(model, count)
-        torch.testing.assert_close(part.kl, whole.kl[:count], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(part.nll, whole.nll[:count])
+    for chosen in ([0], [4, 1], [3, 0, 2], [1, 1], range(5)):
+        part, at = teacher.measure(model, chosen), torch.tensor(chosen)
+        torch.testing.assert_close(part.kl, whole.kl[at], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(part.nll, whole.nll[at])
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES.values(), ids=CASES)
+def test_the_pull_is_the_gradient_of_the_plain_formula(
+    kind: str, settings: dict[str, float]
+) -> None:
+    dense, model = make(kind, settings), make(kind, settings)
+    task, text = task_of(kind), windows()
+    teacher = Teacher(task, model, text, tokenizer=MASK, batch=2)
+    disturb(model, embedding=True)
+    chosen = [3, 1]
+    with torch.no_grad():
+        features = task.features(model, teacher.batch_of(chosen))
+    pull, of_head = teacher.pull(model, features, chosen, head=True)
+
+    leaf = features.double().requires_grad_()
+    head = task.head(model)
+    head = replace(head, weight=head.weight.double().requires_grad_())
+    if head.bias is not None:
+        head = replace(head, bias=head.bias.double())
+    logits = double_logits(head, leaf)
+    parts = []
+    for ids, q in zip(text.ids[chosen], logits.chunk(2), strict=True):
+        batch = task.batch(ids[None], MASK)
+        p = dense(**batch.inputs).logits[batch.scored].double().log_softmax(-1)
+        parts.append((p.exp() * (p - q.log_softmax(-1))).sum(-1).mean())
+    torch.stack(parts).mean().backward()
+    assert leaf.grad is not None and of_head is not None
+    torch.testing.assert_close(pull.double(), leaf.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(of_head.double(), head.weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def double_logits(head: Head, features: Tensor) -> Tensor:
+    """``Head.logits``, which rounds to float32, in double precision."""
+    logits = features @ head.weight.T
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits * head.scale
+    cap = head.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def test_chunks_and_batches_do_not_matter() -> None:

@@ -1,0 +1,50 @@
+"""Scores policies for the cells of the search benchmark, and remembers what they cost."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from evopress import Levels
+
+from autoprune.compression.bank import VariantBank
+from autoprune.policy import Policy
+from autoprune.searching.plan import Plan
+
+
+class Arena:
+    """A plan seen as EvoPress sees it: one level a layer.
+
+    Args:
+        plan: Of a space with one family of levels at every free site.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        space = plan.problem.space
+        self.free = [i for i, s in enumerate(space.sites) if len(space.choices[s.name]) > 1]
+        sites = [space.sites[i] for i in self.free]
+        self.numel = np.array([site.numel for site in sites])
+        self.highest = np.array([len(space.choices[site.name]) - 1 for site in sites])
+
+    def policy(self, levels: Levels) -> Policy:
+        """Give levels as a policy."""
+        space = self.plan.problem.space
+        indices = np.zeros(len(space.sites), dtype=np.int64)
+        indices[self.free] = levels
+        return space.at(indices)
+
+    def levels(self, policy: Policy) -> Levels:
+        """Give a policy as levels."""
+        return self.plan.problem.space.index(policy)[self.free]
+
+    def kl(
+        self,
+        policy: Policy,
+        windows: Sequence[int] | None = None,
+        *,
+        split: str = "fitness",
+        bank: VariantBank | None = None,
+    ) -> float:
+        """Measure the divergence of a policy."""
+        bench = self.plan.bench
+        (bank or self.plan.bank).put(bench.per_layer(policy))
+        return bench.teacher(split).measure(bench.stitched.model, windows).mean_kl
