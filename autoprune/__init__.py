@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from autoprune.plugins import load_plugins
     from autoprune.policy import Action, Layer, Policy, Site
     from autoprune.run import search
-    from autoprune.searching.samplers import SamplerFactory
+    from autoprune.searching.strategies import Brief, PolicySampler, SamplerFactory
     from autoprune.transfer import apply, evaluate
 
     __version__: str
@@ -46,6 +46,7 @@ __all__ = [
     "Action",
     "Architecture",
     "AutoPruneError",
+    "Brief",
     "BudgetError",
     "CompressionMethod",
     "ConfigError",
@@ -60,6 +61,7 @@ __all__ = [
     "PluginError",
     "Policy",
     "PolicyError",
+    "PolicySampler",
     "Reward",
     "RunConfig",
     "RunError",
@@ -102,7 +104,7 @@ _HOMES = {
     "plugins": ("load_plugins",),
     "policy": ("Action", "Layer", "Policy", "Site"),
     "run": ("search",),
-    "searching.samplers": ("SamplerFactory",),
+    "searching.strategies": ("Brief", "PolicySampler", "SamplerFactory"),
 }
 """Where the public names are defined."""
 

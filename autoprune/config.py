@@ -1,6 +1,5 @@
 """A run's configuration, read strictly from YAML: unknown keys are refused."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -8,89 +7,20 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
 
 from autoprune.errors import ConfigError, unknown_name
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?")
-_SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(%|x|[kMG]B|B)?")
-_BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
-# Strict: ``yes`` is no number, and no key goes unread.
-_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def parse_duration(text: Any) -> float:
-    """Read a time span in seconds: ``8h``, ``90 min``, ``45``.
-
-    Raises:
-        ValueError: If it is no time span, or not positive.
-
-    Example:
-        >>> parse_duration("1.5h")
-        5400.0
-    """
-    match = _DURATION.fullmatch(str(text).strip())
-    if not match or float(match[1]) <= 0:
-        raise ValueError(f"expected a time such as 90s, 30min or 8h, found {text!r}")
-    return float(match[1]) * _SECONDS[match[2]]
-
-
-class Limit(BaseModel):
-    """A budget's limit: absolute, or relative to the dense model.
-
-    Attributes:
-        value: The number.
-        relative: True if it is a fraction of the dense model's value.
-    """
-
-    model_config = _STRICT
-    value: float
-    relative: bool
-
-    @classmethod
-    def parse(cls, text: Any) -> Self:
-        """Read a limit: ``40%`` and ``0.4x`` of dense, ``55 MB``, or a plain number.
-
-        Raises:
-            ValueError: If it is no limit.
-
-        Example:
-            >>> Limit.parse("40%")
-            Limit(value=0.4, relative=True)
-        """
-        if isinstance(text, cls):
-            return text
-        if isinstance(text, dict):
-            return cls(**text)
-        match = _AMOUNT.fullmatch(str(text).strip())
-        if not match:
-            raise ValueError(
-                f"expected a limit such as 40%, 0.4x or 55 MB, found {text!r}"
-            )
-        number, unit = float(match[1]), match[2]
-        if unit in ("%", "x"):
-            return cls(value=number / 100 if unit == "%" else number, relative=True)
-        return cls(value=number * _BYTES.get(unit, 1), relative=False)
-
-    def absolute(self, dense: float) -> float:
-        """Give the limit in the metric's own unit."""
-        return self.value * dense if self.relative else self.value
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g}{' x dense' if self.relative else ''}"
-
+from autoprune.limits import STRICT, Limit, parse_duration
 
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 Budgets = dict[str, Annotated[Limit, BeforeValidator(Limit.parse)]]
 
 
 class _Part(BaseModel):
-    model_config = _STRICT
+    model_config = STRICT
 
 
 class TextConfig(_Part):
@@ -163,18 +93,30 @@ class SearchConfig(_Part):
     """How the space is explored, and for how long.
 
     Attributes:
-        sampler: Name of a strategy.
-        trials: Most trials in the run, resumed ones included.
+        sampler: Name of a strategy; by default the one that won our benchmark:
+            ``gradient`` for one goal within budgets, else ``nsga2``.
+        trials: Most trials of a round, resumed ones included.
         budget: Most time in seconds, written such as ``8h``.
         seed: Of everything random.
+        sensitivity: What a choice costs by itself, for strategies that ask: ``error``
+            of outputs, ``fisher`` from the dense model's gradients, or ``measured``.
         finalists: How many of the best are compared on split C.
+        rounds: How often the space is searched: each further round with a bank on the
+            inputs of the incumbent, and levels at half the step around it.
+        rungs: Tokens of the fitness split at which a trial may end; none by default.
+        pruner: What ends it there: ``race`` gives up what is worse than the incumbent
+            on the same windows, ``halving`` and ``wilcoxon`` are Optuna's.
     """
 
-    sampler: str = "nsga2"
+    sampler: str | None = None
     trials: int | None = Field(None, ge=1)
     budget: Duration | None = None
     seed: int = Field(0, ge=0)
+    sensitivity: Literal["error", "fisher", "measured"] = "fisher"
     finalists: int = Field(4, ge=1)
+    rounds: int = Field(1, ge=1, le=8)
+    rungs: list[Annotated[int, Field(ge=1)]] = []
+    pruner: Literal["race", "halving", "wilcoxon", "none"] = "race"
 
     @model_validator(mode="after")
     def _ends(self) -> Self:

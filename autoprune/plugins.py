@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _BASES = {
     "tasks": "autoprune.models.task:Task",
     "methods": "autoprune.compression.method:CompressionMethod",
-    "samplers": "autoprune.searching.samplers:SamplerFactory",
+    "samplers": "autoprune.searching.strategies:SamplerFactory",
     "metrics": "autoprune.evaluation.metric:Metric",
     "rewards": "autoprune.evaluation.reward:Reward",
     "text_sources": "autoprune.models.text:TextSource",

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,28 +13,18 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from autoprune.conclusion import conclude, winner_record
 from autoprune.config import RunConfig
 from autoprune.errors import ConfigError, RunError, unknown_name
-from autoprune.evaluation.provenance import made_for, measured_on
-from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.machine import to_json
 from autoprune.reporting.observer import SEARCHING, Observer
-from autoprune.searching.finals import (
-    RIVAL,
-    Finalist,
-    best_so_far,
-    rank,
-    report,
-    resolve_anew,
-    take_candidates,
-)
+from autoprune.searching.finals import best_so_far
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
 from autoprune.searching.rows import Trial
 from autoprune.searching.study import run_study
-from autoprune.searching.trial import Evaluator
 
 RUNS = Path("results/runs")
 """Where run folders are made by default, under the configuration's name."""
@@ -108,42 +99,93 @@ def search(
     observer.stage("loading model and text")
     plan = Plan.make(config, load_plugins(config.plugins))
     _tell(plan, observer)
-    with Ledger.open(folder, plan.fingerprint) as ledger:
-        write_text(
-            folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"))
-        )
-        observer.stage("making variants")
-        plan.bank.make(plan.pairs, observer.advance)
-        plan.bench.store.shrink()
-        observer.stage("measuring the dense model")
-        plan.bench.teacher("fitness")
-        observer.aim(plan.objective.goals, ledger.trials())
-        observer.stage(SEARCHING)
-        budget = config.search.budget
-        ended = run_study(
-            plan.problem,
-            Evaluator(plan.bench, plan.bank, reward=plan.reward),
-            ledger=ledger,
-            sampler=plan.plugins.get("samplers", config.search.sampler),
-            objective=plan.objective,
-            seed=config.search.seed,
-            trials=config.search.trials,
-            deadline=None if budget is None else began + budget,
-            proposals=plan.proposals,
-            on_trial=_on_trial(plan, folder, observer),
-            stop=stop,
-        )
-        ledger.write_tables()
+    searched: list[tuple[Plan, Ledger]] = []
+    with ExitStack() as ledgers:
+        for number in range(1, config.search.rounds + 1):
+            if searched:
+                plan = _next_round(searched, observer)
+            place = folder if number == 1 else folder / f"round-{number}"
+            ledger = ledgers.enter_context(Ledger.open(place, plan.fingerprint))
+            if number == 1:
+                settings = yaml.safe_dump(config.model_dump(mode="json"))
+                write_text(folder / "config.yaml", settings)
+            searched.append((plan, ledger))
+            share = number / config.search.rounds
+            ended = _search_round(plan, ledger, observer, stop, began, share)
+            if ended == "stopped":
+                break
+        table = _table(searched)
+        trials = [ledger.trials() for _, ledger in searched]
         if ended == "stopped":
-            best_now = best_so_far(ledger.trials(), plan.objective)
-            return SearchResult(folder, best_now, {}, ledger.frame(), ended)
+            best_now = best_so_far(trials[-1] or trials[0], plan.objective)
+            return SearchResult(folder, best_now, {}, table, ended)
         observer.stage("choosing among finalists")
-        winner, finals = _conclude(plan, ledger.trials(), observer)
-        record = _record(plan, winner, finals)
+        plans = [plan for plan, _ in searched]
+        winner, finals = conclude(plans, trials, observer)
+        record = winner_record(plans[0], winner, finals)
         write_text(folder / "finals.json", to_json(finals))
         write_text(folder / "policy.json", to_json(record))
-        best = winner.candidate.policy
-        return SearchResult(folder, best, finals, ledger.frame(), ended)
+        return SearchResult(folder, winner.candidate.policy, finals, table, ended)
+
+
+def _search_round(
+    plan: Plan,
+    ledger: Ledger,
+    observer: Observer,
+    stop: Callable[[], bool] | None,
+    began: float,
+    share: float,
+) -> str:
+    """Make a round's variants and search among them; tell why it ended."""
+    observer.stage("making variants")
+    plan.bank.make(plan.pairs, observer.advance)
+    plan.bench.store.shrink()
+    observer.stage("measuring the dense model")
+    plan.bench.teacher("fitness")
+    sensitivities = plan.sensitivities(observer.stage)
+    observer.aim(plan.objective.goals, ledger.trials())
+    observer.stage(SEARCHING)
+    config = plan.config.search
+    ended = run_study(
+        plan.problem,
+        plan.evaluator(),
+        ledger=ledger,
+        sampler=plan.strategy,
+        objective=plan.objective,
+        seed=config.seed,
+        rungs=plan.rungs,
+        pruner=config.pruner,
+        sensitivities=sensitivities,
+        trials=config.trials,
+        deadline=None if config.budget is None else began + share * config.budget,
+        proposals=plan.proposals,
+        on_trial=_on_trial(plan, ledger.run_dir, observer),
+        stop=stop,
+    )
+    ledger.write_tables()
+    return ended
+
+
+def _next_round(searched: list[tuple[Plan, Ledger]], observer: Observer) -> Plan:
+    """Plan a round around the best policy of the one before."""
+    plan, ledger = searched[-1]
+    incumbent = best_so_far(ledger.trials(), plan.objective)
+    if incumbent is None:
+        raise RunError(
+            f"no trial of round {len(searched)} kept every limit, so there is nothing "
+            "to search around. Relax the limits, or give more trials or time"
+        )
+    observer.note(f"round {len(searched) + 1}: half the step, on new inputs")
+    return plan.around(incumbent)
+
+
+def _table(searched: list[tuple[Plan, Ledger]]) -> pd.DataFrame:
+    """Give the trials of all rounds as one table."""
+    frames = [ledger.frame() for _, ledger in searched]
+    if len(frames) == 1:
+        return frames[0]
+    numbered = [one.assign(round=n) for n, one in enumerate(frames, start=1)]
+    return pd.concat(numbered, ignore_index=True)
 
 
 def find_space(name: str | Path) -> Path:
@@ -184,81 +226,6 @@ def _on_trial(plan: Plan, folder: Path, observer: Observer) -> Callable[[Trial],
         plan.plugins.notify("trial_finished", trial=trial, run_dir=folder)
 
     return on_trial
-
-
-def _conclude(
-    plan: Plan, trials: list[Trial], observer: Observer
-) -> tuple[Finalist, dict[str, Any]]:
-    """Choose on text the search never saw; report on text that nothing ever saw."""
-    if not trials:
-        raise RunError(
-            f"the time budget of {plan.config.search.budget:g} s ended before the "
-            "first trial. Give more; the variants are kept, not made again"
-        )
-    candidates = take_candidates(
-        trials, plan.objective, count=plan.config.search.finalists
-    )
-    cost = plan.cost("choice")
-    ranked = rank(plan.bench, plan.bank, candidates, cost)
-    rivals = [f for f in ranked if f.candidate.origin.startswith(RIVAL)]
-    contenders = [ranked[0], *(rivals[:1] if ranked[0] not in rivals else [])]
-    resolved = []
-    for finalist in contenders:
-        observer.stage(f"solving trial {finalist.candidate.trial} on its own inputs")
-        resolved.append(resolve_anew(plan.bench, finalist, cost, observer.advance))
-    winner = min(resolved, key=lambda finalist: cost(finalist.choice))
-    observer.stage("measuring on the report split")
-    reports = [
-        report(plan.bench, finalist)
-        | {"sizes": _sizes(plan.bench, finalist.candidate.policy)}
-        for finalist in resolved
-    ]
-    return winner, {
-        "dense": plan.bench.dense_metrics("report"),
-        "dense_sizes": _sizes(plan.bench, plan.bench.dense_policy()),
-        "winner": reports[resolved.index(winner)],
-        "rivals": [
-            row
-            for row, finalist in zip(reports, resolved, strict=True)
-            if finalist.candidate.origin.startswith(RIVAL)
-        ],
-        "finalists": [
-            {
-                "trial": finalist.candidate.trial,
-                "origin": finalist.candidate.origin,
-                "choice": finalist.choice.metrics,
-            }
-            for finalist in ranked
-        ],
-    }
-
-
-def _sizes(bench: Workbench, policy: Policy) -> dict[str, int]:
-    """Tell the bytes of a policy in every export target, the run's own first."""
-    storages = bench.storages(policy)
-    exporters = {bench.exporter.name: bench.exporter, **bench.exporters}
-    return {
-        name: exporter.size_bytes(storages, bench.untouched)
-        for name, exporter in exporters.items()
-    }
-
-
-def _record(plan: Plan, winner: Finalist, finals: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the winner so that it can be exported and applied again."""
-    return (
-        winner.candidate.policy.to_dict()
-        | made_for(plan.bench, winner.reference or plan.reference)
-        | {
-            "trial": winner.candidate.trial,
-            "seed": plan.config.search.seed,
-            "text": measured_on(plan.bench, plan.config.text, "report"),
-            "figures": {
-                "dense": finals["dense"],
-                "compressed": finals["winner"]["report"],
-            },
-            "rivals": [{"name": r["origin"], **r["report"]} for r in finals["rivals"]],
-        }
-    )
 
 
 def write_text(path: Path, text: str) -> None:

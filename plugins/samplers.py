@@ -3,7 +3,7 @@
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 
 from autoprune.hookspecs import hookimpl
-from autoprune.searching.samplers import SamplerFactory
+from autoprune.searching.strategies import Brief, SamplerFactory
 
 POPULATION = 12
 """Individuals a generation with one objective: some 300 trials are all there is, and
@@ -17,19 +17,19 @@ CHANGES = 4
 to a half of 100 categorical sites, so its whole proposals lie far from all it knows."""
 
 
-def _random(seed: int, objectives: int) -> BaseSampler:
-    return RandomSampler(seed=seed)
+def _random(brief: Brief) -> BaseSampler:
+    return RandomSampler(seed=brief.seed)
 
 
-def _nsga2(seed: int, objectives: int) -> BaseSampler:
-    population = POPULATION if objectives == 1 else FRONT
-    return NSGAIISampler(population_size=population, seed=seed)
+def _nsga2(brief: Brief) -> BaseSampler:
+    population = POPULATION if brief.objectives == 1 else FRONT
+    return NSGAIISampler(population_size=population, seed=brief.seed)
 
 
-def _tpe(seed: int, objectives: int) -> BaseSampler:
+def _tpe(brief: Brief) -> BaseSampler:
     # Joint, as Optuna chooses by itself for one objective only: with several it would
     # go site by site, six times slower.
-    return TPESampler(multivariate=True, constant_liar=False, seed=seed)
+    return TPESampler(multivariate=True, constant_liar=False, seed=brief.seed)
 
 
 @hookimpl

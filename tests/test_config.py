@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from autoprune.config import Limit, RunConfig, parse_duration
+from autoprune.config import RunConfig
 from autoprune.errors import ConfigError
+from autoprune.limits import Limit, parse_duration
 
 LEAST: dict[str, Any] = {"space": [{"actions": ["dense"]}], "search": {"trials": 3}}
 YAML = """

@@ -1,9 +1,8 @@
 """A bank: the variants made from one set of layer inputs, made once and on demand."""
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 from torch import Tensor
 
@@ -14,15 +13,13 @@ from autoprune.compression.store import VariantStore
 from autoprune.compression.variant import Variant
 from autoprune.errors import AutoPruneError, PluginError, StoreError
 from autoprune.models.blocks import BlockRunner
+from autoprune.models.inputs import OnInput
 from autoprune.models.layers import Inventory
 from autoprune.models.statistics import NO_STATISTICS, Gathering, InputStatistics
 from autoprune.models.text import TokenWindows
 from autoprune.policy import Action, Layer, Step, digest
 
-log = logging.getLogger(__name__)
-
 Pairs = Iterable[tuple[Layer, Action]]
-
 
 INPUTS_VERSION = 2
 """Raised when a bank takes its inputs in another way; part of every variant's key."""
@@ -75,12 +72,7 @@ class VariantBank:
         return digest([inputs, layer.name, list(layer.shape), identity])
 
     def get(self, layer: Layer, action: Action) -> Variant:
-        """Give a variant, making it if it is absent or was damaged.
-
-        Raises:
-            MethodError: If a step refuses the layer.
-            StoreError: If variants cannot be written or read.
-        """
+        """Give a variant, making it if it is absent or was damaged; see ``make``."""
         if not action.steps:
             return Variant.dense(self.stitched.dense_weight(layer))
         variant = self.store.get(self.key(layer, action))
@@ -100,12 +92,7 @@ class VariantBank:
         return len(changes)
 
     def weight(self, layer: Layer, action: Action) -> Tensor:
-        """Give a variant's weight as the model computes with it. Not to be written to.
-
-        Raises:
-            MethodError: If a step refuses the layer.
-            StoreError: If variants cannot be written or read.
-        """
+        """Give a variant's weight, held in memory. Not to be written to."""
         if not action.steps:
             return self.stitched.dense_weight(layer)
         key = self.key(layer, action)
@@ -173,8 +160,7 @@ class VariantBank:
             absent = [pair for pair, variant in kept.items() if variant is None]
             here = [pair for pair in wanted if pair[0].block == block] + absent
             gatherings = self._gatherings(here)
-            add = partial(_add, gatherings)
-            after = runner.collect(block, hidden, add, inputs=gatherings)
+            after = runner.collect(block, hidden, _into(gatherings), inputs=gatherings)
             self._make_block(_by_layer(dict.fromkeys(here)), gatherings)
             for (layer, action), variant in kept.items():
                 variant = variant or self._read(layer, action)
@@ -300,8 +286,8 @@ class VariantBank:
             self.stitched.write(layer, action, variant.weight if variant else None)
 
 
-def _add(gatherings: Mapping[str, Gathering], name: str, inputs: Tensor) -> None:
-    gatherings[name].add(inputs)
+def _into(gatherings: Mapping[str, Gathering]) -> OnInput:
+    return lambda name, inputs: gatherings[name].add(inputs)
 
 
 def _by_layer(pairs: Pairs) -> dict[Layer, list[Action]]:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +19,15 @@ class Quality:
 
     kl: Float[Tensor, " windows"]
     nll: Float[Tensor, " windows"]
+
+    def first(self, windows: int) -> "Quality":
+        """Take the first windows."""
+        return Quality(self.kl[:windows], self.nll[:windows])
+
+    def __add__(self, other: "Quality") -> "Quality":
+        """Put the windows of another behind one's own."""
+        pairs = (self.kl, other.kl), (self.nll, other.nll)
+        return Quality(*(torch.cat(pair) for pair in pairs))
 
     @property
     def mean_kl(self) -> float:

@@ -9,11 +9,11 @@ compressed one (``V`` is ``W`` unless the head itself is compressed)::
 
 ``sum p V`` and what depends on ``d`` do not change between policies: one vector of the
 hidden size and a number per token, for each of the few states of the head. A policy
-then costs one product with the head and one ``logsumexp``, and no distribution is ever
-formed; the value is the same.
+then costs a product with the head and one ``logsumexp``; no distribution is formed.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -22,18 +22,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from autoprune.errors import ModelError
+from autoprune.evaluation.heads import check_head, same_head, stamp_of
 from autoprune.evaluation.quality import Quality
+from autoprune.models.prefix import Prefix
 from autoprune.models.statistics import exact_products
-from autoprune.models.task import Batch, Head, Task, output_layer
+from autoprune.models.task import Batch, Head, Task
 from autoprune.models.text import TokenWindows
 
 HEADS = 4
 """States of the head that are remembered beside the dense one: its variants are few."""
 
 _CHECKED = 16
-_HEAD_AGREEMENT = 0.02
-"""Largest difference of logits, over the largest logit: rounding to bfloat16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +85,7 @@ class Teacher:
         self._heads = [self._new_state(model)]
         self.head = self._heads[0].head
         with torch.inference_mode():
-            _check_head(task, model, task.batch(windows.ids[:1, :_CHECKED], tokenizer))
+            check_head(task, model, task.batch(windows.ids[:1, :_CHECKED], tokenizer))
             self._all = task.batch(windows.ids, tokenizer)
             counts = self._all.scored.sum(1).tolist()
             self._ends = list(accumulate(counts, initial=0))
@@ -94,21 +93,41 @@ class Teacher:
         self.dense = self.measure(model)
 
     def measure(
-        self, model: nn.Module, windows: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        windows: Sequence[int] | None = None,
+        *,
+        prefix: Prefix | None = None,
+        unchanged: int = 0,
     ) -> Quality:
         """Run a compressed model on windows of the split.
 
         Args:
             model: The model, with a policy's variants on it.
             windows: Indices of the windows, in the order of the answer; None for all.
+            prefix: What another policy left behind its blocks on the same batches.
+            unchanged: Leading blocks that are as that policy's; see ``Prefix``.
         """
+        found = []
         with torch.inference_mode():
-            found = []
             for part in self.parts(windows):
-                features = self.task.features(model, self.batch_of(part))
+                name = (self.windows.fingerprint, *part)
+                with prefix.reused(model, name, unchanged) if prefix else nullcontext():
+                    features = self.task.features(model, self.batch_of(part))
                 found.append(self.compare(model, features, part))
-        kl, nll = (torch.cat(columns) for columns in zip(*found, strict=True))
-        return Quality(kl, nll)
+        return Quality(*(torch.cat(columns) for columns in zip(*found, strict=True)))
+
+    def measure_first(
+        self, model: nn.Module, windows: int | None, known: Quality | None
+    ) -> Quality:
+        """Measure the first windows; only those that are not known already."""
+        count = windows or len(self.windows.ids)
+        left = range(len(known.kl) if known else 0, count)
+        if not left:
+            assert known is not None
+            return known.first(count)
+        found = self.measure(model, left)
+        return known + found if known else found
 
     def parts(self, windows: Sequence[int] | None = None) -> list[list[int]]:
         """Cut windows into batches that pass the model together."""
@@ -184,17 +203,17 @@ class Teacher:
         head = self.task.head(model)
         # A copy: a float32 head is the model's own weight, which policies write to.
         head = replace(head, weight=head.weight.clone())
-        return _HeadState(head, _stamp(model), {})
+        return _HeadState(head, stamp_of(model), {})
 
     def _state_of(self, model: nn.Module) -> _HeadState:
         """Give the state of the head, remembered if it has stood there before."""
-        stamp = _stamp(model)
+        stamp = stamp_of(model)
         for state in self._heads:
             if state.stamp == stamp:
                 return state
         found = self._new_state(model)
         for state in self._heads:
-            if _same(found.head, state.head):
+            if same_head(found.head, state.head):
                 state.stamp = stamp
                 return state
         self._heads = [self._heads[0], *self._heads[1:][1 - HEADS :], found]
@@ -263,29 +282,3 @@ def _means(values: Tensor, counts: list[int]) -> Tensor:
 def _cross(mean: Tensor, features: Tensor, head: Head) -> Tensor:
     """Give ``(sum p W) h``, with the head's factor of the logits."""
     return (mean * features.float()).sum(-1) * head.scale
-
-
-def _check_head(task: Task, model: nn.Module, batch: Batch) -> None:
-    """Hold that the head gives the model's own logits, on a few positions."""
-    expected = model(**batch.inputs).logits[batch.scored].float()
-    found = task.head(model).logits(task.features(model, batch))
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    if difference > _HEAD_AGREEMENT:
-        raise ModelError(
-            f"{type(model).__name__} makes its logits in a way that task {task.name!r} "
-            f"does not know: those of its output layer differ by {difference:.1%}. "
-            "Bring a task of your own with the hook register_tasks"
-        )
-
-
-def _stamp(model: nn.Module) -> tuple[int, int]:
-    """Name the state of the head's weight: writing to it raises its version."""
-    weight = output_layer(model).weight
-    return id(weight), weight._version
-
-
-def _same(one: Head, other: Head) -> bool:
-    """Tell whether a head still is the dense model's."""
-    return torch.equal(one.weight, other.weight) and (
-        one.bias is None or other.bias is None or torch.equal(one.bias, other.bias)
-    )

@@ -174,12 +174,7 @@ class Workbench:
         return policy.per_layer(self.inventory.sites)
 
     def storages(self, policy: Policy) -> dict[Layer, Storage]:
-        """Declare what every layer stores under a policy.
-
-        Raises:
-            PolicyError: If the policy does not fit the model.
-            MethodError: If a step refuses a layer.
-        """
+        """Declare what every layer stores under a policy; see ``measure``."""
         pairs = self.per_layer(policy).items()
         for pair in pairs:
             if pair not in self._storages:
@@ -223,11 +218,7 @@ class Workbench:
         return self._scenes[split]
 
     def metric(self, name: str) -> Metric:
-        """Look up a metric.
-
-        Raises:
-            ConfigError: If there is none of that name; lists near misses.
-        """
+        """Look up a metric; ConfigError, with near misses, if there is none."""
         if name not in self.metrics:
             raise ConfigError(unknown_name("metric", name, self.metrics))
         return self.metrics[name]
@@ -239,6 +230,8 @@ class Workbench:
         split: str,
         *,
         metrics: Sequence[str] | None = None,
+        windows: int | None = None,
+        known: Quality | None = None,
     ) -> Measured:
         """Put a policy on the model and measure it.
 
@@ -248,6 +241,8 @@ class Workbench:
             split: Name of the split.
             metrics: Names; all by default. Where none of them needs the model, no
                 variant is made and the model stays as it is.
+            windows: How many windows of the split, from the first; None for all.
+            known: What the policy scored on the first of them before.
 
         Raises:
             PolicyError: If the policy does not fit the model.
@@ -263,9 +258,12 @@ class Workbench:
         if needs_model:
             bank.put(self.per_layer(policy))
             put = time.perf_counter()
+            teacher = self.teacher(split)
+            quality = teacher.measure_first(self.stitched.model, windows, known)
             evidence = replace(
                 evidence,
-                quality=self.teacher(split).measure(self.stitched.model),
+                scene=replace(scene, dense=teacher.dense.first(len(quality.kl))),
+                quality=quality,
                 model=self.stitched.model,
                 tokenizer=self.tokenizer,
             )
@@ -276,7 +274,8 @@ class Workbench:
 
     def dense_metrics(self, split: str) -> dict[str, float]:
         """Measure the dense model, in the same export target."""
-        return self.measure(self.dense_policy(), self.bank(), split).metrics
+        dense, known = self.dense_policy(), self.teacher(split).dense
+        return self.measure(dense, self.bank(), split, known=known).metrics
 
     def dense_policy(self) -> Policy:
         """Give the policy that leaves every site as it is."""

@@ -153,12 +153,12 @@ def measure(request: dict[str, Any]) -> dict[str, float]:
     with torch.inference_mode():
         head = task.head(model)
         losses = []
-        for ids in torch.tensor(request["ids"]).split(request["batch"]):  # type: ignore[no-untyped-call]
+        for ids in torch.tensor(request["ids"]).split(request["batch"]):
             batch = task.batch(ids, tokenizer)
             features = task.features(model, batch)
             nll = head.losses(features, batch.labels)
             counts = batch.scored.sum(1).tolist()
-            pieces = nll.split(counts)  # type: ignore[no-untyped-call]
+            pieces = nll.split(counts)
             losses += [window.mean() for window in pieces]
     mean = torch.stack(losses).double().mean()
     return {

@@ -152,7 +152,7 @@ class BlockRunner:
                 block: partial(_answer, _in_form(leaving, call))
                 for block, call in zip(self._blocks, calls, strict=True)
             }
-            with _answering(answers):
+            with answering(answers):
                 output = self._run_body(ids)
             if getattr(output, "last_hidden_state", None) is None:
                 raise ModelError(
@@ -210,7 +210,7 @@ class BlockRunner:
                 if first[index] < index
             }
             try:
-                with _answering(skipped):
+                with answering(skipped):
                     ids = next(ids for ids in self._batches if ids.shape == shape)
                     self._run_body(ids)
             finally:
@@ -258,7 +258,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def _answering(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def answering(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let blocks answer in another way for a while."""
     # Only an attribute of the instance spares the blocks' own work and still lets the
     # model do what it does before and after them.

@@ -96,19 +96,12 @@ class Inventory:
 
     def unfused(self) -> "Inventory":
         """Give every layer a site of its own, for formats that no runtime fuses."""
-        parts = (
-            Site(site.part(layer), (layer,), site.kind)
-            for site in self.sites
-            for layer in site.layers
-        )
-        return replace(self, sites=tuple(parts))
+        pairs = [(site, layer) for site in self.sites for layer in site.layers]
+        sites = tuple(Site(site.part(la), (la,), site.kind) for site, la in pairs)
+        return replace(self, sites=sites)
 
     def layer(self, name: str) -> Layer:
-        """Look up a layer.
-
-        Raises:
-            PolicyError: If there is none of that name; lists near misses.
-        """
+        """Look up a layer; PolicyError, with near misses, if there is none."""
         if name not in self._by_name:
             raise PolicyError(unknown_name("layer", name, self._by_name))
         return self._by_name[name]

@@ -62,21 +62,31 @@ def write_weight(
 
 def find_weight(model: nn.Module, name: str) -> Float[Tensor, "out in"] | None:
     """Give the view of a layer's parameter by name; None if the model has none."""
-    expert = expert_of(name)
-    path, parameter = expert[:2] if expert else (name, "weight")
     try:
-        module = model.get_submodule(path)
-        weight = module.get_parameter(parameter).detach()
+        parameter = model.get_parameter(parameter_of(name))
     except AttributeError:
         return None
-    if expert:
-        if weight.dim() != 3 or expert[2] >= weight.shape[0]:
-            return None
-        weight = weight[expert[2]]
-        transposed = bool(getattr(module, "is_transposed", False))  # as in GPT-OSS
-    else:
-        transposed = isinstance(module, Conv1D)
-    return weight.t() if transposed else weight
+    return view_of_layer(model, name, parameter.detach())
+
+
+def view_of_layer(
+    model: nn.Module, name: str, tensor: Tensor
+) -> Float[Tensor, "out in"] | None:
+    """View a parameter, or its gradient, as one layer; None if it holds no such.
+
+    Args:
+        model: The model.
+        name: Of the layer.
+        tensor: Of the shape of the layer's parameter.
+    """
+    expert = expert_of(name)
+    module = model.get_submodule(expert[0] if expert else name)
+    if not expert:
+        return tensor.t() if isinstance(module, Conv1D) else tensor
+    if tensor.dim() != 3 or expert[2] >= tensor.shape[0]:
+        return None
+    transposed = bool(getattr(module, "is_transposed", False))  # as in GPT-OSS
+    return tensor[expert[2]].t() if transposed else tensor[expert[2]]
 
 
 def expert_of(name: str) -> tuple[str, str, int] | None:

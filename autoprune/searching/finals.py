@@ -5,8 +5,8 @@ is chosen is solved anew, block by block, on the inputs that its own compressed 
 give, and the better of the two is kept. The best rival gets the same treatment.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from autoprune.compression.bank import VariantBank
@@ -17,6 +17,11 @@ from autoprune.searching.objective import Objective, front
 from autoprune.searching.rows import Trial
 
 Progress = Callable[[int, int], None]
+
+Cost = Callable[[Measured], float]
+
+KEPT = 0.5
+"""Share of a gain on the fitness split that has to be there on the choice split."""
 
 RIVAL = "uniform"
 """How the origin of a plain rival begins."""
@@ -30,11 +35,18 @@ class Candidate:
         trial: Number of its trial.
         origin: Where it came from; ``uniform ...`` for a rival.
         policy: The policy.
+        fitness: What it scored on the split that the search compared trials on.
     """
 
     trial: int
     origin: str
     policy: Policy
+    fitness: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_rival(self) -> bool:
+        """True for a plain policy that the winner has to beat."""
+        return self.origin.startswith(RIVAL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +58,19 @@ class Finalist:
         bank: Whose variants it uses: the search's, or those of its own inputs.
         resolved: True if the bank is of its own inputs.
         choice: What it scored on the choice split.
+        basis: Whose inputs the bank of the search was made on; None for dense ones.
     """
 
     candidate: Candidate
     bank: VariantBank
     resolved: bool
     choice: Measured
+    basis: Policy | None = None
 
     @property
     def reference(self) -> Policy | None:
-        """The reference policy, where it is the candidate itself."""
-        return self.candidate.policy if self.resolved else None
+        """The policy whose inputs its variants were made on; None for dense ones."""
+        return self.candidate.policy if self.resolved else self.basis
 
 
 def take_candidates(
@@ -78,7 +92,7 @@ def take_candidates(
     chosen = order[:count]
     rivals = [trial for trial in order if trial.origin.startswith(RIVAL)]
     chosen += [trial for trial in rivals[:1] if trial not in chosen]
-    return [Candidate(t.number, t.origin, t.policy) for t in chosen]
+    return [Candidate(t.number, t.origin, t.policy, t.metrics) for t in chosen]
 
 
 def best_so_far(trials: Sequence[Trial], objective: Objective) -> Policy | None:
@@ -117,7 +131,9 @@ def rank(
     bench: Workbench,
     bank: VariantBank,
     candidates: Sequence[Candidate],
-    cost: Callable[[Measured], float],
+    cost: Cost,
+    *,
+    basis: Policy | None = None,
 ) -> list[Finalist]:
     """Measure candidates on the choice split, the best first.
 
@@ -126,18 +142,49 @@ def rank(
         bank: The bank of the search.
         candidates: Different policies.
         cost: What to compare them by; smaller is better.
+        basis: Whose inputs the bank was made on.
     """
     finalists = [
-        Finalist(one, bank, False, bench.measure(one.policy, bank, "choice"))
+        Finalist(one, bank, False, bench.measure(one.policy, bank, "choice"), basis)
         for one in candidates
     ]
     return sorted(finalists, key=lambda finalist: cost(finalist.choice))
 
 
+def gains(one: Finalist, start: Finalist, cost: Cost) -> tuple[float, float]:
+    """Tell by how much a finalist beats another, on the fitness and choice splits."""
+    fitness = [
+        cost(Measured(dict(finalist.candidate.fitness), None, {}))
+        for finalist in (start, one)
+    ]
+    return fitness[0] - fitness[1], cost(start.choice) - cost(one.choice)
+
+
+def elect(ranked: Sequence[Finalist], cost: Cost) -> tuple[Finalist, Finalist | None]:
+    """Elect the finalist that goes on, beside the best plain rival.
+
+    What a search gains on the text that it compared trials on is partly luck. A
+    finalist that keeps less than half of its gain over the rival on the choice split is
+    passed over; if all are, the rival stands.
+
+    Args:
+        ranked: The best on the choice split first.
+        cost: What they were ranked by.
+    """
+    rival = next((one for one in ranked if one.candidate.is_rival), None)
+    for one in ranked:
+        if rival is None or one is rival:
+            return one, rival
+        fitness, choice = gains(one, rival, cost)
+        if choice >= KEPT * fitness:
+            return one, rival
+    return ranked[0], rival
+
+
 def resolve_anew(
     bench: Workbench,
     finalist: Finalist,
-    cost: Callable[[Measured], float],
+    cost: Cost,
     progress: Progress | None = None,
 ) -> Finalist:
     """Solve a finalist on its own inputs; give it back if that is no better."""
@@ -146,7 +193,7 @@ def resolve_anew(
     bank.make(bench.per_layer(policy).items(), progress)
     choice = bench.measure(policy, bank, "choice")
     if cost(choice) < cost(finalist.choice):
-        return Finalist(finalist.candidate, bank, True, choice)
+        return Finalist(finalist.candidate, bank, True, choice, finalist.basis)
     return finalist
 
 

@@ -1,11 +1,12 @@
 """Makes the problem of a run from its configuration: space, prices, budgets, goals."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from autoprune.compression.actions import Actions
-from autoprune.config import Limit, ObjectiveConfig, Rule
+from autoprune.config import ObjectiveConfig, Rule
 from autoprune.errors import (
     BudgetError,
     ConfigError,
@@ -15,12 +16,13 @@ from autoprune.errors import (
 )
 from autoprune.evaluation.metric import Evidence, Metric
 from autoprune.evaluation.workbench import Workbench
+from autoprune.limits import Limit
 from autoprune.policy import Action, Layer, Policy
 from autoprune.searching.budget import Budget, Prices
 from autoprune.searching.objective import Direction, Objective
 from autoprune.searching.objective import Limit as Bound
 from autoprune.searching.problem import Problem
-from autoprune.searching.space import Refuses, SearchSpace, build_space
+from autoprune.searching.space import SearchSpace, build_space
 
 SIZE = "size_bytes"
 """The budget that is filled up; its prices are always known."""
@@ -42,7 +44,19 @@ def formulate(
         BudgetError: If no policy of the space meets a budget.
     """
     parsed = [(rule.sites, read_actions(bench.actions, rule)) for rule in rules]
-    space = build_space(bench.inventory.sites, parsed, _refuses(bench))
+    space = build_space(bench.inventory.sites, parsed, partial(refusal, bench))
+    return priced(bench, space, budgets)
+
+
+def priced(
+    bench: Workbench, space: SearchSpace, budgets: Mapping[str, Limit]
+) -> Problem:
+    """Price every choice of a space, and turn limits into budgets.
+
+    Raises:
+        ConfigError: If a metric is unknown, or limited relative to a dense value of 0.
+        BudgetError: If no policy of the space meets a budget.
+    """
     additive = {name for name in budgets if is_additive(bench, name)}
     names = sorted(additive | {SIZE}, key=lambda name: (name != SIZE, name))
     prices = {name: _prices(bench, space, bench.metric(name)) for name in names}
@@ -78,17 +92,13 @@ def read_actions(known: Actions, rule: Rule) -> tuple[Action, ...]:
         raise ConfigError(f"space, sites {rule.sites!r}: {error}") from error
 
 
-def _refuses(bench: Workbench) -> Refuses:
-    """Ask the methods, then the export target."""
-
-    def refuses(layer: Layer, action: Action) -> str | None:
-        reason = bench.actions.refuses(layer, action)
-        if reason is None:
-            storage = bench.actions.storage(layer, action)
-            reason = bench.exporter.refuses(layer, storage)
-        return reason
-
-    return refuses
+def refusal(bench: Workbench, layer: Layer, action: Action) -> str | None:
+    """Say why a layer cannot take an action: its methods, then the export target."""
+    reason = bench.actions.refuses(layer, action)
+    if reason is None:
+        storage = bench.actions.storage(layer, action)
+        reason = bench.exporter.refuses(layer, storage)
+    return reason
 
 
 def _prices(bench: Workbench, space: SearchSpace, metric: Metric) -> Prices:

@@ -18,13 +18,14 @@ import pandas as pd
 
 from autoprune.errors import RunError
 from autoprune.searching.fingerprint import differences
+from autoprune.searching.locking import take_lock
 from autoprune.searching.rows import Trial, from_row, to_row, utc_now
+from autoprune.searching.slopes import SiteSlopes
 from autoprune.searching.tables import frame_of, write_tables
 
 FILE = "ledger.sqlite"
-LOCK = ".lock"
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the tables; a reader refuses another."""
 
 APPLICATION = 0x41505255
@@ -36,9 +37,11 @@ CREATE TABLE IF NOT EXISTS trials (
     number INTEGER PRIMARY KEY, state TEXT NOT NULL, origin TEXT NOT NULL,
     policy TEXT NOT NULL, params TEXT NOT NULL, "values" TEXT NOT NULL,
     metrics TEXT NOT NULL, constraints TEXT NOT NULL, timings TEXT NOT NULL,
-    system_attrs TEXT NOT NULL, seed INTEGER NOT NULL, started TEXT NOT NULL,
+    system_attrs TEXT NOT NULL, windows TEXT NOT NULL,
+    seed INTEGER NOT NULL, started TEXT NOT NULL,
     finished TEXT NOT NULL, error TEXT
 );
+CREATE TABLE IF NOT EXISTS slopes (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 """
 
 
@@ -77,7 +80,7 @@ class Ledger:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot make the run folder {run_dir}: {error}") from error
-        lock = _take_lock(run_dir)
+        lock = take_lock(run_dir, lambda: _holder(run_dir))
         with ExitStack() as undo, _reading(run_dir / FILE, writing=True):
             undo.callback(lock.release)
             ledger = cls(run_dir, sqlite3.connect(run_dir / FILE, timeout=30), lock)
@@ -164,11 +167,7 @@ class Ledger:
         system_attrs: Mapping[str, Any],
         study_attrs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Replace what the sampler keeps with a trial, and with the study if given.
-
-        Raises:
-            RunError: If it cannot be written.
-        """
+        """Replace what the sampler keeps with a trial, and with the study if given."""
         with self._writing(f"trial {number}"):
             self._connection.execute(
                 "UPDATE trials SET system_attrs = ? WHERE number = ?",
@@ -176,6 +175,18 @@ class Ledger:
             )
             if study_attrs is not None:
                 self._set_meta("study_attrs", study_attrs)
+
+    def add_slopes(self, number: int, slopes: SiteSlopes) -> None:
+        """Write the slopes at a trial's policy; RunError if that is not possible."""
+        row = number, slopes.to_bytes()
+        with self._writing(f"the slopes of trial {number}"):
+            self._connection.execute("INSERT OR REPLACE INTO slopes VALUES (?, ?)", row)
+
+    def slopes(self) -> dict[int, SiteSlopes]:
+        """Read all slopes, by number of their trial."""
+        with _reading(self.run_dir / FILE):
+            rows = self._connection.execute("SELECT * FROM slopes ORDER BY number")
+            return {number: SiteSlopes.from_bytes(data) for number, data in rows}
 
     def frame(self) -> pd.DataFrame:
         """Give the trials as a table, one row each.
@@ -257,20 +268,6 @@ class Ledger:
                 f"cannot write {what} to {self.run_dir / FILE}: {error}. What was "
                 "written before is kept; free the disk and run the same command again."
             ) from error
-
-
-def _take_lock(run_dir: Path) -> filelock.BaseFileLock:
-    lock = filelock.FileLock(run_dir / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise RunError(
-            f"another run goes on in {run_dir}: {_holder(run_dir)}. Wait for it, stop "
-            "it, or choose another run folder."
-        ) from None
-    except OSError as error:
-        raise RunError(f"cannot lock the run folder {run_dir}: {error}") from error
-    return lock
 
 
 def _holder(run_dir: Path) -> str:

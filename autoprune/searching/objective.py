@@ -63,6 +63,11 @@ class Objective:
         """The direction of every goal, as Optuna spells it."""
         return [direction for _, direction in self.goals]
 
+    @property
+    def single(self) -> bool:
+        """True if there is one goal, so that one trial can be the best."""
+        return len(self.goals) == 1
+
     def values(self, measurement: Measurement) -> tuple[float, ...]:
         """Take the goals' values out of a measurement.
 
@@ -73,6 +78,12 @@ class Objective:
             if name not in measurement:
                 raise ConfigError(unknown_name("metric", name, measurement))
         return tuple(float(measurement[name]) for name, _ in self.goals)
+
+    def minimised(self, trial: Trial) -> Trial:
+        """Give a trial with its values so that less is better in each."""
+        if all(way == "minimize" for way in self.directions) or not trial.values:
+            return trial
+        return replace(trial, values=self.costs(trial))
 
     def costs(self, trial: Trial) -> tuple[float, ...]:
         """Give the values of a trial so that less is better in each."""

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from autoprune.compression.actions import Actions
 from autoprune.compression.bank import VariantBank
@@ -19,14 +22,24 @@ from autoprune.searching.formulate import (
     formulate,
     front_goals,
     make_objective,
+    priced,
     read_actions,
+    refusal,
 )
 from autoprune.searching.objective import Direction, Objective
-from autoprune.searching.problem import Problem
-from autoprune.searching.study import Proposal
+from autoprune.searching.problem import Problem, Proposal
+from autoprune.searching.rounds import narrowed
+from autoprune.searching.rungs import rungs_of
+from autoprune.searching.sensitivity import Sensitivities
+from autoprune.searching.strategies import SamplerFactory
+from autoprune.searching.trial import LocalEvaluator
 
 DEFAULT_REWARD = "logs"
 """Decides where no metric and no budget is named, and picks from a Pareto front."""
+
+
+DEFAULTS = ("gradient", "nsga2")
+"""The strategy for one goal within budgets, and that for all else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +80,7 @@ class Plan:
             AutoPruneError: If model, text or a plugin fails.
         """
         # What can be refused without a model is refused before one is loaded.
-        plugins.get("samplers", config.search.sampler)
+        plugins.get("samplers", config.search.sampler or DEFAULTS[0])
         for rule in config.space:
             read_actions(Actions(plugins.methods), rule)
         reward = _reward(config, plugins)
@@ -98,6 +111,7 @@ class Plan:
             bench.bank(reference),
         )
         plan.check_store()
+        strategy_of(config.search.sampler, plugins, plan.objective, problem)
         return plan
 
     @property
@@ -109,6 +123,62 @@ class Plan:
             for action in self.problem.space.choices[site.name]
             for layer in site.layers
         ]
+
+    @property
+    def strategy(self) -> SamplerFactory:
+        """The strategy asked for, or the default for such an objective."""
+        wanted = self.config.search.sampler
+        return strategy_of(wanted, self.plugins, self.objective, self.problem)
+
+    def around(self, incumbent: Policy) -> "Plan":
+        """Make the plan of a further round.
+
+        Args:
+            incumbent: Whose compressed model gives the inputs of the new bank; its
+                levels and those near them make the new space.
+
+        Raises:
+            ConfigError: If the new variants do not fit into the store.
+        """
+        bench, sites = self.bench, {s.name: s for s in self.problem.space.sites}
+
+        def takes(site: str, action: Action) -> bool:
+            layers = sites[site].layers
+            return all(refusal(bench, layer, action) is None for layer in layers)
+
+        space = narrowed(self.problem, incumbent, takes)
+        plan = replace(
+            self,
+            problem=priced(bench, space, self.config.objective.budgets),
+            proposals=(("incumbent", incumbent),),
+            reference=incumbent,
+            bank=bench.bank(incumbent),
+        )
+        plan.check_store()
+        return plan
+
+    def evaluator(self) -> LocalEvaluator:
+        """Make what measures the trials."""
+        return LocalEvaluator(
+            self.bench, self.bank, self.problem.space, reward=self.reward
+        )
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Windows at which a trial may end; empty if it always sees the whole split."""
+        total, length = self.bench.splits["fitness"].ids.shape
+        tokens = self.config.search.rungs
+        return rungs_of(tokens, length, total) if tokens else ()
+
+    def sensitivities(
+        self, tell: Callable[[str], None]
+    ) -> Float[np.ndarray, "sites choices"] | None:
+        """Give what every choice costs by itself, if the strategy asks for it."""
+        if "sensitivities" not in self.strategy.needs:
+            return None
+        kind = self.config.search.sensitivity
+        tell(f"measuring sensitivities ({kind})")
+        return Sensitivities(self.bench, self.bank, self.problem.space).costs(kind)
 
     def check_store(self) -> None:
         """Refuse a space whose variants do not fit into the store.
@@ -156,12 +226,40 @@ class Plan:
             "space": self.problem.space.fingerprint,
             "bank": self.bank.name,
             "objective": config.objective.model_dump(mode="json"),
-            "sampler": config.search.sampler,
+            "sampler": self.strategy.name,
             "seed": config.search.seed,
             "export": config.export,
             "compute_dtype": str(bench.compute_dtype).removeprefix("torch."),
             "methods": {name: m.version for name, m in _used(self).items()},
         }
+
+
+def strategy_of(
+    name: str | None, plugins: Plugins, objective: Objective, problem: Problem
+) -> SamplerFactory:
+    """Look up a strategy; None for the default.
+
+    Raises:
+        ConfigError: If it does not serve such an objective.
+    """
+    if name is None:
+        fits = objective.goals == (("kl", "minimize"),) and problem.budgets
+        name = DEFAULTS[0] if fits else DEFAULTS[1]
+    factory: SamplerFactory = plugins.get("samplers", name)
+    if not factory.several and not objective.single:
+        goals = " and ".join(goal for goal, _ in objective.goals)
+        known = plugins.objects["samplers"].values()
+        others = ", ".join(sorted(one.name for one in known if one.several))
+        raise ConfigError(
+            f"strategy {name!r} serves one goal, found {goals}. Name one goal and "
+            f"limit the other by a budget, or take one of {others}"
+        )
+    if factory.needs and not problem.budgets:
+        raise ConfigError(
+            f"strategy {name!r} solves for the best policy within budgets, and there "
+            "is none. Give one under objective, such as budgets: {size_bytes: 40%}"
+        )
+    return factory
 
 
 def _used(plan: Plan) -> Mapping[str, Any]:

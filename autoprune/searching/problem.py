@@ -1,5 +1,7 @@
 """What a search may choose, what it costs, and what it must keep to."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +12,11 @@ from autoprune.policy import Policy
 from autoprune.searching.budget import Budget, Prices, prices_of
 from autoprune.searching.projection import Projection
 from autoprune.searching.space import SearchSpace
+
+log = logging.getLogger(__name__)
+
+Proposal = tuple[str, Policy]
+"""A policy to try first, after the name of its origin."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +59,16 @@ class Problem:
     def within(self, policy: Policy) -> bool:
         """Tell whether a policy keeps to every budget."""
         return all(self.price(b.metric, policy) <= b.limit for b in self.budgets)
+
+    def admitted(self, proposals: Sequence[Proposal]) -> list[Proposal]:
+        """Keep the proposals within the budgets, each policy once."""
+        kept: dict[str, Proposal] = {}
+        for origin, policy in proposals:
+            if self.within(policy):
+                kept.setdefault(policy.fingerprint, (origin, policy))
+            else:
+                log.info("proposal %r is over the budget and left out", origin)
+        return list(kept.values())
 
     def between(self, one: Policy, other: Policy) -> Policy:
         """Mix two policies, site by site, so that the budgets are just met.

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from autoprune.policy import Policy
 
-State = Literal["complete", "diverged", "failed"]
-"""How a trial ended: with finite metrics, with others, or with an error."""
+State = Literal["complete", "pruned", "diverged", "failed"]
+"""How a trial ended: with finite metrics, on fewer windows than the fitness split has,
+with metrics that are not finite, or with an error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class Trial:
         constraints: How far each limit is exceeded; feasible at zero or less.
         timings: Seconds by part of the trial.
         system_attrs: What the sampler keeps with the trial.
+        windows: KL of every window of the fitness split that it was measured on.
         error: Why it failed.
     """
 
@@ -48,6 +50,7 @@ class Trial:
     constraints: Mapping[str, float] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)
     system_attrs: Mapping[str, Any] = field(default_factory=dict)
+    windows: tuple[float, ...] = ()
     error: str | None = None
 
     @property
@@ -75,6 +78,7 @@ def to_row(trial: Trial) -> dict[str, Any]:
         "constraints": _numbers_to_json(trial.constraints),
         "timings": _numbers_to_json(trial.timings),
         "system_attrs": json.dumps(dict(trial.system_attrs)),
+        "windows": json.dumps(list(trial.windows)),
         "seed": trial.seed,
         "started": trial.started,
         "finished": trial.finished,
@@ -95,6 +99,7 @@ def from_row(row: sqlite3.Row) -> Trial:
         constraints=_numbers_from_json(row["constraints"]),
         timings=_numbers_from_json(row["timings"]),
         system_attrs=json.loads(row["system_attrs"]),
+        windows=tuple(json.loads(row["windows"])),
         seed=row["seed"],
         started=row["started"],
         finished=row["finished"],

@@ -1,7 +1,7 @@
 """Every strategy, as an Optuna sampler whose proposals keep to the budgets."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,39 +14,17 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from autoprune.errors import RunError
 from autoprune.searching.budget import Budget, prices_of
-from autoprune.searching.problem import Problem
 from autoprune.searching.projection import Projection
+from autoprune.searching.strategies import (
+    Brief,
+    ExhaustedError,
+    PolicySampler,
+    SamplerFactory,
+)
 
 ATTEMPTS = 96
 """Changes tried on a proposal that stands in the study, before none is believed new."""
-
-
-class ExhaustedError(RunError):
-    """Every policy of the space within the budgets stands in the study."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplerFactory:
-    """Makes Optuna samplers of one kind.
-
-    Attributes:
-        name: Unique, lower case.
-        make: Takes ``(seed, objectives)`` and returns a sampler. Called afresh for
-            every trial, so a sampler keeps what it remembers in the study, not in
-            itself; Optuna's own do.
-        help: What it is good for, in one line.
-        changes: At most so many sites of a proposal are taken, drawn at random, on top
-            of a good policy of the study. None takes whole proposals. A sampler that
-            draws every site anew meets nothing better at hundreds of sites, however
-            good its draws.
-    """
-
-    name: str
-    make: Callable[[int, int], BaseSampler]
-    help: str = ""
-    changes: int | None = None
 
 
 def derive_seed(seed: int, number: int) -> int:
@@ -67,32 +45,24 @@ class BudgetedSampler(BaseSampler):
     names ``changes``, only so many sites leave a good policy, before the budgets act.
 
     Args:
-        problem: What may be chosen, and the budgets.
+        brief: What the inner samplers are told; its lists may grow meanwhile.
         factory: Makes the inner sampler.
-        seed: The run's seed.
-        objectives: How many values a trial has.
         spread: An additive metric over whose whole range policies are spread that are
             drawn independently. Hundreds of independent draws all cost nearly the
             same, and show nothing of a front. None leaves them so.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        factory: SamplerFactory,
-        *,
-        seed: int,
-        objectives: int,
-        spread: str | None = None,
+        self, brief: Brief, factory: SamplerFactory, *, spread: str | None = None
     ) -> None:
-        self._problem = problem
+        self._brief = brief
+        self._problem = brief.problem
         self._factory = factory
-        self._seed = seed
-        self._objectives = objectives
+        self._seed = brief.seed
         self._spread = spread
-        self._choices = problem.space.distributions()
+        self._choices = brief.problem.space.distributions()
         self._free = {n: d for n, d in self._choices.items() if not d.single()}
-        self._probe = _one_trial_study(self._choices, objectives)
+        self._probe = _one_trial_study(self._choices, brief.objectives)
         self._inner: dict[int, BaseSampler] = {}
         self._given: dict[str, str] | None = None
         self._seen: set[bytes] = set()
@@ -109,7 +79,7 @@ class BudgetedSampler(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Make the inner sampler of this trial. Called by ``Study.ask``."""
         seed = derive_seed(self._seed, trial.number)
-        inner = self._factory.make(seed, self._objectives)
+        inner = self._factory.make(replace(self._brief, seed=seed))
         self._inner[trial.number] = inner
         inner.before_trial(study, trial)
 
@@ -141,14 +111,20 @@ class BudgetedSampler(BaseSampler):
             ExhaustedError: If no policy could be found that the study has not.
         """
         inner = self._inner[trial.number]
+        given, self._given = self._given, None
+        own = isinstance(inner, PolicySampler)
+        if given is not None and own:
+            # Such a strategy keeps no books beside the rows, and its notes would mark
+            # another policy than the one they were made for.
+            return self._take(given, search_space)
         # The space never changes. Asked over the real study, an inner sampler would
         # compare the space of every trial again, for every proposal.
         joint = inner.infer_relative_search_space(self._probe, trial)
         proposal = inner.sample_relative(study, trial, joint)
-        given, self._given = self._given, None
         if given is not None:
-            self._seen.add(self._indices(given).tobytes())
-            return {name: given[name] for name in search_space}
+            return self._take(given, search_space)
+        if own and (_asks_for_more(study, trial) or self._is_ready(proposal, study)):
+            return self._take(proposal, search_space)
         independent = not proposal
         for name, choices in self._free.items():
             if name not in proposal:
@@ -162,6 +138,24 @@ class BudgetedSampler(BaseSampler):
         pairs = zip(self._choices.items(), indices, strict=True)
         params = {name: choices.choices[i] for (name, choices), i in pairs}
         return {name: params[name] for name in search_space}
+
+    def _take(
+        self, params: Mapping[str, str], search_space: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Make whole parameters the proposal, as they are."""
+        self._seen.add(self._indices(params).tobytes())
+        return {name: params[name] for name in search_space}
+
+    def _is_ready(self, params: Mapping[str, str], study: Study) -> bool:
+        """Tell whether a whole policy is new and keeps the budgets by itself."""
+        indices = self._indices(params)
+        if indices.tobytes() in self._known(study):
+            return False
+        projection, budgets = self._problem.projection, self._problem.budgets
+        if projection is None:
+            return True
+        limits = [budget.limit for budget in budgets]
+        return bool((projection.totals(indices) <= limits).all())
 
     def sample_independent(
         self,
@@ -234,6 +228,12 @@ class BudgetedSampler(BaseSampler):
             f"{ATTEMPTS} changes of a proposal gave only policies that the study has; "
             f"it has {len(known)} of {self._problem.space.policies:,}"
         )
+
+
+def _asks_for_more(study: Study, trial: FrozenTrial) -> bool:
+    """Tell whether a strategy wants a known policy measured on more windows."""
+    attrs = study.get_trials(deepcopy=False)[trial.number].system_attrs
+    return bool(attrs.get(PolicySampler.NOTES + "rung", 0))
 
 
 def _good_trial(study: Study, rng: Generator) -> FrozenTrial | None:

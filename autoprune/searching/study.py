@@ -4,34 +4,33 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import optuna
+from jaxtyping import Float
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from autoprune.errors import RunError
 from autoprune.policy import Policy
+from autoprune.searching.judge import Judge
 from autoprune.searching.ledger import Ledger
-from autoprune.searching.objective import WORST, Measurement, Objective
-from autoprune.searching.problem import Problem
-from autoprune.searching.rows import State, Trial, utc_now
-from autoprune.searching.samplers import (
-    BudgetedSampler,
+from autoprune.searching.objective import Objective
+from autoprune.searching.problem import Problem, Proposal
+from autoprune.searching.rows import Trial, utc_now
+from autoprune.searching.rungs import Pruner, intermediate, make_pruner
+from autoprune.searching.samplers import BudgetedSampler, derive_seed
+from autoprune.searching.strategies import (
+    Brief,
     ExhaustedError,
+    PolicySampler,
     SamplerFactory,
-    derive_seed,
 )
+from autoprune.searching.trial import Evaluator
 
 log = logging.getLogger(__name__)
-
-Evaluate = Callable[[Policy], Measurement]
-
-Proposal = tuple[str, Policy]
-"""A policy to try first, after the name of its origin."""
-
-FAILURES = 3
-"""Trials that may fail in a row; then the error is no accident of one policy."""
 
 Reason = Literal["trials", "time", "stopped", "exhausted"]
 """Why a search ended: enough trials, no time for another, told to, nothing new left."""
@@ -39,12 +38,15 @@ Reason = Literal["trials", "time", "stopped", "exhausted"]
 
 def run_study(
     problem: Problem,
-    evaluate: Evaluate,
+    evaluator: Evaluator,
     *,
     ledger: Ledger,
     sampler: SamplerFactory,
     objective: Objective,
     seed: int,
+    rungs: tuple[int, ...] = (),
+    pruner: Pruner = "race",
+    sensitivities: Float[np.ndarray, "sites choices"] | None = None,
     trials: int | None = None,
     deadline: float | None = None,
     proposals: Sequence[Proposal] = (),
@@ -55,12 +57,16 @@ def run_study(
 
     Args:
         problem: What may be chosen, its prices and budgets.
-        evaluate: Measures a policy. Called once for each; what it raises fails the
-            trial, and the search goes on.
+        evaluator: Measures policies; what it raises fails the trial, and the search
+            goes on.
         ledger: Open for writing.
         sampler: The strategy.
         objective: What is wanted.
         seed: Of everything random; equal seed and measurements, equal policies.
+        rungs: Windows at which a trial may end, ascending; the last is the whole split.
+            Empty for no rungs.
+        pruner: What ends a trial at a rung before the last.
+        sensitivities: What every choice costs by itself, if the strategy needs it.
         trials: Most trials in the ledger, those of before included; None for no end.
         deadline: No trial is begun that on the average would end after this moment of
             ``time.monotonic``; None for no end.
@@ -77,10 +83,19 @@ def run_study(
         BudgetError: If no policy of the space is within the budgets.
         PolicyError: If a proposal does not fit the space.
         RunError: If the ledger cannot be written.
-        Exception: Whatever ``evaluate`` raised in ``FAILURES`` trials in a row.
+        Exception: Whatever ``evaluator`` raised in ``judge.FAILURES`` trials in a row.
     """
-    search = _Search(problem, objective, ledger, sampler, seed)
-    queue = _admitted(problem, proposals)
+    brief = Brief(
+        seed=seed,
+        objectives=len(objective.goals),
+        problem=problem,
+        history=ledger.trials(),
+        slopes=ledger.slopes(),
+        sensitivities=sensitivities,
+        rungs=rungs,
+    )
+    search = _Search(brief, objective, ledger, sampler, evaluator, pruner)
+    queue = problem.admitted(proposals)
     while True:
         while queue and search.knows(queue[0][1]):
             queue.pop(0)
@@ -91,13 +106,13 @@ def run_study(
         if deadline is not None and time.monotonic() + search.mean_s() > deadline:
             return "time"
         try:
-            trial = search.step(evaluate, queue.pop(0) if queue else None)
+            trial = search.step(queue.pop(0) if queue else None)
         except ExhaustedError as error:
             log.info("the search ends: %s", error)
             return "exhausted"
         if on_trial is not None:
             on_trial(trial)
-        search.raise_if_failing()
+        search.judge.raise_if_failing()
 
 
 class _Search:
@@ -105,37 +120,41 @@ class _Search:
 
     def __init__(
         self,
-        problem: Problem,
+        brief: Brief,
         objective: Objective,
         ledger: Ledger,
         factory: SamplerFactory,
-        seed: int,
+        evaluator: Evaluator,
+        pruner: Pruner,
     ) -> None:
-        self.trials = ledger.trials()
-        self._problem = problem
+        self.trials = list(brief.history)
+        self._slopes = dict(brief.slopes)
+        # What strategies are told grows with the run: these very lists are theirs.
+        self._told = [objective.minimised(trial) for trial in self.trials]
+        self._brief = replace(brief, history=self._told, slopes=self._slopes)
+        self._problem = brief.problem
         self._objective = objective
         self._ledger = ledger
         self._factory = factory
-        self._seed = seed
-        self._known = {trial.policy.fingerprint for trial in self.trials}
+        self._evaluator = evaluator
+        self.judge = Judge(evaluator, objective, brief.rungs, pruner, self.trials)
+        self._pruner = pruner
+        self._seed = brief.seed
+        self._rungs = brief.rungs
+        self._known = {t.policy.fingerprint: len(t.windows) for t in self.trials}
         self._distributions: dict[str, BaseDistribution] = {
-            **problem.space.distributions()
+            **brief.problem.space.distributions()
         }
-        self._failed: list[Exception] = []
         self._walls: list[float] = []
         # Optuna tells of every study and trial; the run has its own voice.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._sampler = BudgetedSampler(
-            problem,
-            factory,
-            seed=seed,
-            objectives=len(objective.goals),
-            spread=_spread(problem, objective),
-        )
+        spread = _spread(brief.problem, objective)
+        self._sampler = BudgetedSampler(self._brief, factory, spread=spread)
         self._storage = optuna.storages.InMemoryStorage()
         self._study = optuna.create_study(
             storage=self._storage,
             sampler=self._sampler,
+            pruner=make_pruner(pruner, brief.rungs),
             directions=objective.directions,
         )
         self._study_id = self._storage.get_study_id_from_name(self._study.study_name)
@@ -150,21 +169,20 @@ class _Search:
         walls = self._walls or [sum(trial.timings.values()) for trial in self.trials]
         return math.fsum(walls) / len(walls) if walls else 0.0
 
-    def raise_if_failing(self) -> None:
-        """Raise the last error if the last trials all failed."""
-        if len(self._failed) >= FAILURES:
-            raise self._failed[-1]
-
-    def step(self, evaluate: Evaluate, proposal: Proposal | None) -> Trial:
+    def step(self, proposal: Proposal | None) -> Trial:
         """Do one trial, and have it on disk before the study learns of it."""
         began, started = time.monotonic(), utc_now()
+        if proposal is None and "slopes" in self._factory.needs:
+            self._take_slopes()
+        learned = time.monotonic()
         asked, policy = self._ask(proposal[1] if proposal else None)
         proposed = time.monotonic()
-        metrics, error = self._measure(evaluate, policy)
+        last = self._rung_of(asked)
+        score, error, whole = self.judge.measure(asked, policy, last)
         evaluated = time.monotonic()
-        state, values = self._judge(metrics, error)
+        state, values = self.judge.verdict(score, error, whole)
         limits = self._objective.limits if error is None else ()
-        constraints = {limit.metric: limit.excess(metrics) for limit in limits}
+        constraints = {limit.metric: limit.excess(score.metrics) for limit in limits}
         for name, excess in constraints.items():
             asked.set_constraint(name, excess)
         trial = Trial(
@@ -177,61 +195,57 @@ class _Search:
             started=started,
             finished=utc_now(),
             values=values,
-            metrics=metrics,
+            metrics=score.metrics,
             constraints=constraints,
             timings={
-                "propose_s": proposed - began,
+                "slopes_s": learned - began,
+                "propose_s": proposed - learned,
                 "evaluate_s": evaluated - proposed,
             },
             system_attrs=self._trial_attrs(asked.number),
+            windows=score.windows,
             error=f"{type(error).__name__}: {error}" if error else None,
         )
         self._record(trial)
         self._walls.append(time.monotonic() - began)
         return trial
 
+    def _take_slopes(self) -> None:
+        """Take the slopes at the incumbent, once."""
+        best = self.judge.incumbent
+        if best is None or best.number in self._slopes:
+            return
+        slopes = self._evaluator.slopes(
+            best.policy,
+            tokens=self._factory.slope_tokens,
+            draws=self._factory.draws,
+            turn=len(self._slopes),
+        )
+        self._ledger.add_slopes(best.number, slopes)
+        self._slopes[best.number] = slopes
+
     def _ask(self, given: Policy | None) -> tuple[optuna.Trial, Policy]:
         if given is not None:
             self._sampler.give(self._problem.space.params(given))
         asked = self._study.ask(self._distributions)
         policy = self._problem.space.policy(asked.params)
-        if self.knows(policy):  # a space without any choice: Optuna asks no sampler
+        # A space without any choice: Optuna asks no sampler.
+        if self.knows(policy) and not self._wants_more(asked, policy):
             raise ExhaustedError(f"the only policy of the space is measured: {policy}")
         return asked, policy
 
-    def _measure(
-        self, evaluate: Evaluate, policy: Policy
-    ) -> tuple[dict[str, float], Exception | None]:
-        try:
-            metrics = {name: float(value) for name, value in evaluate(policy).items()}
-        except Exception as error:
-            log.warning("trial %d failed: %s", len(self.trials), error, exc_info=True)
-            self._failed.append(error)
-            return {}, error
-        self._failed.clear()
-        return metrics, None
+    def _rung_of(self, asked: optuna.Trial) -> int:
+        """Tell up to which rung a strategy wants its proposal measured."""
+        attrs = self._trial_attrs(asked.number)
+        wanted = int(attrs.get(PolicySampler.NOTES + "rung", -1))
+        return range(len(self._rungs) or 1)[wanted]
 
-    def _judge(
-        self, metrics: Measurement, error: Exception | None
-    ) -> tuple[State, tuple[float, ...]]:
-        """Tell how a trial ended, and what the study shall learn of it."""
-        if error is not None:
-            return "failed", ()
-        values = self._objective.values(metrics)
-        if all(math.isfinite(value) for value in metrics.values()):
-            return "complete", values
-        told = [
-            value if math.isfinite(value) else self._worse_than_all(goal)
-            for goal, value in enumerate(values)
-        ]
-        return "diverged", tuple(told)
-
-    def _worse_than_all(self, goal: int) -> float:
-        """Make up a finite value that is worse than any seen."""
-        sign = 1 if self._objective.goals[goal][1] == "minimize" else -1
-        seen = [sign * t.values[goal] for t in self.trials if t.state == "complete"]
-        worst = max(seen) + max(1.0, abs(max(seen))) if seen else WORST
-        return sign * worst
+    def _wants_more(self, asked: optuna.Trial, policy: Policy) -> bool:
+        """Tell whether a known policy is to be measured on more windows than before."""
+        if not self._rungs:
+            return False
+        known = self._known[policy.fingerprint]
+        return known < self._rungs[self._rung_of(asked)]
 
     def _record(self, trial: Trial) -> None:
         """Write a trial, then tell it, then write what telling has changed."""
@@ -239,7 +253,9 @@ class _Search:
         changed = before != self._ledger.study_attrs
         self._ledger.add(trial, before if changed else None)
         self.trials.append(trial)
-        self._known.add(trial.policy.fingerprint)
+        self._told.append(self._objective.minimised(trial))
+        self._known[trial.policy.fingerprint] = len(trial.windows)
+        self.judge.consider(trial)
         if trial.state == "failed":
             self._study.tell(trial.number, state=TrialState.FAIL)
         else:
@@ -268,6 +284,7 @@ class _Search:
                     params=dict(trial.params),
                     distributions=dict(self._distributions),
                     system_attrs=dict(trial.system_attrs),
+                    intermediate_values=intermediate(self._pruner, trial, self._rungs),
                 )
             )
         for key, value in self._ledger.study_attrs.items():
@@ -280,14 +297,3 @@ def _spread(problem: Problem, objective: Objective) -> str | None:
     if problem.budgets or len(objective.goals) < 2:
         return None
     return next((name for name, _ in objective.goals if name in priced), None)
-
-
-def _admitted(problem: Problem, proposals: Sequence[Proposal]) -> list[Proposal]:
-    """Keep the proposals within the budgets, each policy once."""
-    kept: dict[str, Proposal] = {}
-    for origin, policy in proposals:
-        if problem.within(policy):
-            kept.setdefault(policy.fingerprint, (origin, policy))
-        else:
-            log.info("proposal %r is over the budget and left out", origin)
-    return list(kept.values())

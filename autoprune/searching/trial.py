@@ -1,48 +1,118 @@
-"""Evaluates one policy on the fitness split, and remembers what it has measured."""
+"""Evaluates policies on the fitness split, and remembers what was measured."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from autoprune.compression.bank import VariantBank
+from autoprune.evaluation.quality import Quality
 from autoprune.evaluation.reward import Reward
-from autoprune.evaluation.workbench import Measured, Workbench
+from autoprune.evaluation.slopes import measure_slopes
+from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Policy
+from autoprune.searching.slopes import SiteSlopes
+from autoprune.searching.space import SearchSpace
 
 
-class Evaluator:
-    """Measures policies with one bank on one split, each of them once.
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What a policy scored.
+
+    Attributes:
+        metrics: Value of every metric, by name.
+        windows: KL of each window that it was measured on, from the first; empty where
+            the model did not run.
+    """
+
+    metrics: Mapping[str, float]
+    windows: tuple[float, ...] = ()
+
+
+class Evaluator(ABC):
+    """Measures policies; a worker that keeps model and variants between them."""
+
+    @abstractmethod
+    def measure(self, policy: Policy, windows: int | None = None) -> Score:
+        """Measure a policy on the first windows of the fitness split; None for all.
+
+        What it raises fails the trial, and the search goes on.
+        """
+
+    @abstractmethod
+    def slopes(
+        self, policy: Policy, *, tokens: int, draws: int, turn: int
+    ) -> SiteSlopes:
+        """Take the slopes at a policy.
+
+        Args:
+            policy: The policy.
+            tokens: How many tokens the gradient is taken on, in whole windows.
+            draws: How often labels are drawn for the curvature.
+            turn: How often slopes were taken before: other windows come each time,
+                until all of the split has been used.
+        """
+
+
+class LocalEvaluator(Evaluator):
+    """Measures in this process, with one bank, each window of a policy once.
 
     Args:
         bench: Model, tokens and metrics.
         bank: Whose variants are used.
-        split: Name of the split.
+        space: The choices that slopes are wanted of.
         reward: Adds the column ``reward``, with its weights; None for none.
     """
+
+    SPLIT = "fitness"
 
     def __init__(
         self,
         bench: Workbench,
         bank: VariantBank,
+        space: SearchSpace,
         *,
-        split: str = "fitness",
         reward: tuple[Reward, dict[str, float]] | None = None,
     ) -> None:
         self.bench = bench
         self.bank = bank
-        self.split = split
+        self.space = space
         self._reward = reward
-        self._memory: dict[str, Measured] = {}
+        self._memory: dict[str, Quality] = {}
         self._dense: dict[str, float] = {}
 
-    def measure(self, policy: Policy) -> Measured:
-        """Give what a policy scores, measured now or before."""
-        if policy.fingerprint not in self._memory:
-            measured = self.bench.measure(policy, self.bank, self.split)
-            if self._reward:
-                reward, weights = self._reward
-                self._dense = self._dense or self.bench.dense_metrics(self.split)
-                score = reward.score(measured.metrics, self._dense, weights)
-                measured.metrics["reward"] = score
-            self._memory[policy.fingerprint] = measured
-        return self._memory[policy.fingerprint]
+    def measure(self, policy: Policy, windows: int | None = None) -> Score:
+        """Measure a policy, on those windows only that it was not measured on yet."""
+        known = self._memory.get(policy.fingerprint)
+        measured = self.bench.measure(
+            policy, self.bank, self.SPLIT, windows=windows, known=known
+        )
+        metrics = dict(measured.metrics)
+        if self._reward:
+            reward, weights = self._reward
+            self._dense = self._dense or self.bench.dense_metrics(self.SPLIT)
+            metrics["reward"] = reward.score(metrics, self._dense, weights)
+        if measured.quality is None:
+            return Score(metrics)
+        self._memory[policy.fingerprint] = measured.quality
+        return Score(metrics, tuple(measured.quality.kl.double().tolist()))
 
-    def __call__(self, policy: Policy) -> dict[str, float]:
-        """Give a policy's metrics."""
-        return self.measure(policy).metrics
+    def slopes(
+        self, policy: Policy, *, tokens: int, draws: int, turn: int
+    ) -> SiteSlopes:
+        """Take the slopes of all choices at a policy."""
+        bench = self.bench
+        teacher = bench.teacher(self.SPLIT)
+        total, length = teacher.windows.ids.shape
+        count = min(total, max(1, round(tokens / length)))
+        windows = [(turn * count + i) % total for i in range(count)]
+        self.bank.put(bench.per_layer(policy))
+        variants = {
+            layer: [self.bank.weight(layer, action) for action in choices]
+            for site in self.space.sites
+            if len(choices := self.space.choices[site.name]) > 1
+            for layer in site.layers
+        }
+        found = measure_slopes(
+            bench.stitched.model, teacher, variants, windows, draws=draws, seed=turn
+        )
+        return SiteSlopes.of(self.space, found, windows)

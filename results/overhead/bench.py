@@ -35,9 +35,8 @@ from autoprune.models.checkpoints import load_model  # noqa: E402
 from autoprune.plugins import load_plugins  # noqa: E402
 from autoprune.searching.ledger import Ledger  # noqa: E402
 from autoprune.searching.plan import Plan  # noqa: E402
-from autoprune.searching.samplers import SamplerFactory  # noqa: E402
+from autoprune.searching.strategies import SamplerFactory  # noqa: E402
 from autoprune.searching.study import run_study  # noqa: E402
-from autoprune.searching.trial import Evaluator  # noqa: E402
 
 CONFIG: dict[str, Any] = {
     "model": "demo",
@@ -148,7 +147,7 @@ def stitched_trials(plan: Plan, name: str, factory: SamplerFactory) -> dict[str,
     teacher = plan.bench.teacher("fitness")
     measure, inside, ends, changed = teacher.measure, [], [], []
 
-    def timed(model: Any, windows: int | None = None) -> Any:
+    def timed(model: Any, windows: Any = None) -> Any:
         start = time.process_time()
         quality = measure(model, windows)
         inside.append(time.process_time() - start)
@@ -168,7 +167,7 @@ def stitched_trials(plan: Plan, name: str, factory: SamplerFactory) -> dict[str,
         with Ledger.open(Path(folder), plan.fingerprint) as ledger:
             run_study(
                 plan.problem,
-                Evaluator(plan.bench, plan.bank),
+                plan.evaluator(),
                 ledger=ledger,
                 sampler=factory,
                 objective=plan.objective,
@@ -211,7 +210,7 @@ def measure_all(plan: Plan) -> dict[str, Any]:
     start = time.process_time()
     made = plan.bank.make(plan.pairs)
     bank = {"variants": made, "cpu_s": time.process_time() - start}
-    four = SamplerFactory("four-sites", lambda seed, _: FourSites(seed))
+    four = SamplerFactory("four-sites", lambda brief: FourSites(brief.seed))
     rows = [stitched_trials(plan, "four sites", four)]
     for name in ("random", "nsga2", "tpe"):
         factory = plan.plugins.get("samplers", name)

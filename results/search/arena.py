@@ -20,8 +20,11 @@ class Arena:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         space = plan.problem.space
-        self.free = [i for i, s in enumerate(space.sites) if len(space.choices[s.name]) > 1]
+        self.free = [
+            i for i, s in enumerate(space.sites) if len(space.choices[s.name]) > 1
+        ]
         sites = [space.sites[i] for i in self.free]
+        self.names = [site.name for site in sites]
         self.numel = np.array([site.numel for site in sites])
         self.highest = np.array([len(space.choices[site.name]) - 1 for site in sites])
 
@@ -31,6 +34,15 @@ class Arena:
         indices = np.zeros(len(space.sites), dtype=np.int64)
         indices[self.free] = levels
         return space.at(indices)
+
+    def at_target(self, target: float) -> Levels:
+        """Give each layer's level that is nearest to a sparsity."""
+        choices = self.plan.problem.space.choices
+        found = [
+            np.array([dict(a.steps[0].params)["sparsity"] for a in choices[name]])
+            for name in self.names
+        ]
+        return np.array([int(np.abs(zeros - target).argmin()) for zeros in found])
 
     def levels(self, policy: Policy) -> Levels:
         """Give a policy as levels."""

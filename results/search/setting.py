@@ -29,7 +29,7 @@ def open_plan(
     *,
     seed: int = 0,
     bank: str = "uniform",
-    zeros: list[float] | None = None,
+    rules: list[dict[str, Any]] | None = None,
     **search: Any,
 ) -> Plan:
     """Load SmolLM2-135M with nine levels of SparseGPT for each of its 210 layers.
@@ -38,27 +38,86 @@ def open_plan(
         target: Zeros over weights in the blocks.
         seed: Of the search; text is split alike for all.
         bank: ``uniform`` for inputs propagated at the target, ``dense`` for none.
-        zeros: Levels other than the nine.
+        rules: Of the space, in the place of the nine levels.
         **search: More of the search's settings.
     """
-    shown = ", ".join(f"{level:g}" for level in zeros or levels(target))
+    return open_space(
+        rules or [{"actions": [_actions(levels(target))]}],
+        {"sparsity": target - ROUNDING},
+        fuse=False,
+        bank=bank,
+        **search,
+    )
+
+
+def open_space(
+    rules: list[dict[str, Any]],
+    budgets: dict[str, float],
+    *,
+    fuse: bool = True,
+    bank: str = "uniform",
+    **search: Any,
+) -> Plan:
+    """Load SmolLM2-135M with any space, on the text that all cells share.
+
+    Args:
+        rules: Of the space: the actions that sites may take.
+        budgets: Limits by metric.
+        fuse: Layers that runtimes fuse share one action.
+        bank: ``uniform`` for inputs propagated at the budget, ``dense`` for none.
+        **search: More of the search's settings.
+    """
     config = {
         "model": "demo",
         "text": {
             "source": f"file:{ARTICLES}" if ARTICLES.exists() else "builtin",
-            "window": 512,
-            "statistics": 32,
+            "window": 256,
+            "statistics": 64,
             "fitness": 24,
-            "choice": 16,
-            "report": 32,
+            "choice": 32,
+            "report": 64,
         },
-        "fuse": False,
-        "space": [{"actions": [f"sparsegpt(sparsity=[{shown}])"]}],
+        "fuse": fuse,
+        "space": rules,
         "bank": bank,
-        "objective": {"metric": "kl", "budgets": {"sparsity": target - ROUNDING}},
+        "objective": {"metric": "kl", "budgets": budgets},
         "search": {"trials": 1, "seed": 0} | search,
     }
     return Plan.make(RunConfig.from_dict(config), load_plugins())
+
+
+OWN_REACH = 8
+"""Levels of EvoPress's own bank to either side of the target, as in its script."""
+
+HIDDEN = 576
+OWN_SIZES = {
+    "blocks.*.q_proj": 576 * 576,
+    "blocks.*.o": 576 * 576,
+    "blocks.*.[kv]_proj": 192 * 576,
+    "blocks.*.gate_up.*": 1536 * 576,
+    "blocks.*.down": 1536 * 576,
+}
+"""Sites of SmolLM2-135M by the weights of their layer."""
+
+
+def open_own(target: float) -> Plan:
+    """Load SmolLM2-135M with EvoPress's own bank: dense inputs, its own levels.
+
+    A level is the same number of weights in every layer, by its script half of
+    ``min(S, 1 - S) / 8`` of the square of the hidden size, so any two layers can
+    exchange one.
+    """
+    step = round(0.5 * min(target, 1 - target) / OWN_REACH * HIDDEN**2)
+    rules = []
+    for sites, numel in OWN_SIZES.items():
+        found = [target + k * step / numel for k in range(-OWN_REACH, OWN_REACH + 1)]
+        zeros = [round(level, 6) for level in found if 0 < level < 1]
+        rules.append({"sites": sites, "actions": [_actions(zeros)]})
+    return open_plan(target, bank="dense", rules=rules)
+
+
+def _actions(zeros: list[float]) -> str:
+    return f"sparsegpt(sparsity=[{', '.join(f'{level:.6g}' for level in zeros)}])"
 
 
 def uniform(plan: Plan, target: float) -> Policy:

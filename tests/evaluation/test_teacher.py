@@ -2,44 +2,25 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from autoprune_plugins.tasks import CausalLM, MaskedLM
+from autoprune_plugins.architectures import register_architectures
+from autoprune_plugins.tasks import CausalLM
 from tiny_models import tiny
+from tiny_teachers import CASES, MASK, disturb, make, task_of, windows
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from autoprune.errors import ModelError
 from autoprune.evaluation.quality import Quality
 from autoprune.evaluation.teacher import HEADS, Teacher
+from autoprune.models.layers import inventory, read_weight, write_weight
+from autoprune.models.prefix import Prefix
 from autoprune.models.task import CHUNK, Head, Task
 from autoprune.models.text import TokenWindows
-
-MASK = SimpleNamespace(mask_token_id=3)
-
-
-def windows(count: int = 5, length: int = 24) -> TokenWindows:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, 60, (count, length), generator=generator)
-    return TokenWindows(ids, "fitness", "test", "0" * 16)
-
-
-def task_of(kind: str) -> Task:
-    return MaskedLM() if kind == "bert" else CausalLM()
-
-
-def disturb(model: nn.Module, *, embedding: bool = False) -> None:
-    """Change weights as a compression would."""
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        inside = any(part in name for part in ("layers", "layer.", ".h."))
-        if inside or (embedding and ("embed" in name or "wte" in name)):
-            noise = torch.randn(parameter.shape, generator=generator)
-            with torch.no_grad():
-                parameter += 0.05 * noise
+from autoprune.policy import Layer
 
 
 def plain(
@@ -56,28 +37,6 @@ def plain(
         kl.append((p.exp() * (p - q)).sum(-1).mean())
         nll.append(-q.gather(1, batch.labels[:, None]).mean())
     return torch.stack(kl), torch.stack(nll)
-
-
-def make(kind: str, settings: dict[str, float]) -> Any:
-    model: Any = tiny(kind)
-    for name, value in settings.items():
-        setattr(model.config, name, value)
-    if std := settings.get("head_bias"):
-        noise = torch.randn(64, generator=torch.Generator().manual_seed(5))
-        model.lm_head.bias = nn.Parameter(std * noise, requires_grad=False)
-    return model
-
-
-CASES = {
-    "plain": ("llama", {}),
-    "tied": ("qwen2", {}),
-    "bias": ("bert", {}),
-    "softcap": ("gemma2", {"final_logit_softcapping": 3.0}),
-    "scale": ("granite", {"logits_scaling": 4.0}),
-    "scaled-bias": ("granite", {"logits_scaling": 4.0, "head_bias": 3.0}),
-    "experts": ("mixtral", {}),
-    "conv1d": ("gpt2", {}),
-}
 
 
 @pytest.mark.parametrize("embedding", [False, True], ids=["layers", "embedding"])
@@ -273,3 +232,26 @@ def test_logits_that_no_head_explains_are_refused(tiny_model: LlamaForCausalLM) 
     model = Louder(tiny_model.config).eval()
     with pytest.raises(ModelError, match="Louder makes its logits .* differ by 33.3%"):
         Teacher(CausalLM(), model, windows(), tokenizer=None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "bert"])
+def test_blocks_that_do_not_run_change_no_bit(kind: str) -> None:
+    model = tiny(kind)
+    teacher = Teacher(task_of(kind), model, windows(), tokenizer=MASK, batch=2)
+    found = inventory(model, register_architectures())
+    disturb(model)
+    anchor: dict[Layer, str] = dict.fromkeys(found.layers, "disturbed")
+    prefix = Prefix(found)
+    prefix.move(anchor)
+    whole = teacher.measure(model)
+    for _ in range(2):
+        again = teacher.measure(model, prefix=prefix, unchanged=2)
+        assert torch.equal(again.kl, whole.kl) and torch.equal(again.nll, whole.nll)
+    layer = next(la for la in found.layers if la.block == 1)
+    write_weight(model, layer, read_weight(model, layer) * 0.5)
+    unchanged = prefix.unchanged(anchor | {layer: "half"})
+    # Windows that the anchor was not measured on, batch by batch, run in full.
+    for chosen in (None, [0, 1], [1, 0, 4], [4]):
+        plain = teacher.measure(model, chosen)
+        reused = teacher.measure(model, chosen, prefix=prefix, unchanged=unchanged)
+        assert torch.equal(reused.kl, plain.kl) and torch.equal(reused.nll, plain.nll)

@@ -117,8 +117,6 @@ def test_a_policy_is_measured(bench: Workbench) -> None:
     assert values["kl"] > 0.01
     assert values["compression_ratio"] > 2
     assert values["gflop_per_token"] < bench.dense_metrics("fitness")["gflop_per_token"]
-    inside = sum(layer.numel for layer in bench.layers if layer.block is not None)
-    every = sum(layer.numel for layer in bench.layers)
     assert values["sparsity"] == 0.5
     assert found.quality is not None and found.quality.mean_kl == values["kl"]
     assert found.timings.keys() == {"put_s", "run_s"}

@@ -2,6 +2,7 @@ import numpy as np
 import optuna
 import pytest
 from autoprune_plugins.samplers import register_samplers
+from toy_evaluators import FormulaEvaluator
 
 from autoprune.policy import Action, Layer, Policy, Site
 from autoprune.searching.budget import Budget, Prices
@@ -9,6 +10,7 @@ from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Objective, best, front
 from autoprune.searching.problem import Problem
 from autoprune.searching.space import SearchSpace
+from autoprune.searching.strategies import Brief
 from autoprune.searching.study import run_study
 
 FACTORIES = {factory.name: factory for factory in register_samplers()}
@@ -45,7 +47,7 @@ def search(run_dir, problem, name, goals, trials):
     with Ledger.open(run_dir, {}) as ledger:
         run_study(
             problem,
-            evaluate,
+            FormulaEvaluator(evaluate),
             ledger=ledger,
             sampler=FACTORIES[name],
             objective=Objective(goals),
@@ -63,8 +65,9 @@ def test_names_are_those_of_the_manual():
 
 @pytest.mark.parametrize("name", FACTORIES)
 @pytest.mark.parametrize("objectives", [1, 2])
-def test_makes_a_fresh_sampler_of_a_seed_without_a_warning(name, objectives):
-    one, other = (FACTORIES[name].make(7, objectives) for _ in range(2))
+def test_makes_a_fresh_sampler_of_a_seed_without_a_warning(name, objectives, problem):
+    brief = Brief(seed=7, objectives=objectives, problem=problem)
+    one, other = (FACTORIES[name].make(brief) for _ in range(2))
     assert isinstance(one, optuna.samplers.BaseSampler)
     assert one is not other
 
@@ -80,8 +83,11 @@ def test_beats_the_uniform_rival_of_equal_size(tmp_path, problem, name, factor):
 
 
 def test_front_has_more_individuals_than_a_search_for_one(problem):
-    assert FACTORIES["nsga2"].make(0, 1).population_size == 12
-    assert FACTORIES["nsga2"].make(0, 2).population_size == 32
+    sizes = [
+        FACTORIES["nsga2"].make(Brief(0, objectives, problem)).population_size
+        for objectives in (1, 2)
+    ]
+    assert sizes == [12, 32]
 
 
 @pytest.mark.parametrize("name", FACTORIES)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from tiny_runs import WINDOW, write_text
 
-from autoprune.config import Limit, ObjectiveConfig, Rule, TextConfig
+from autoprune.config import ObjectiveConfig, Rule, TextConfig
 from autoprune.errors import BudgetError, ConfigError
 from autoprune.evaluation.workbench import Workbench
+from autoprune.limits import Limit
 from autoprune.plugins import load_plugins
 from autoprune.policy import DENSE, Policy
 from autoprune.searching.formulate import (

@@ -153,7 +153,7 @@ def test_ledger_of_a_newer_autoprune_is_refused(tmp_path):
     with sqlite3.connect(tmp_path / FILE) as newer:
         newer.execute("PRAGMA user_version = 9")
     newer.close()
-    with pytest.raises(RunError, match="has format 9, this AutoPrune reads 1"):
+    with pytest.raises(RunError, match="has format 9, this AutoPrune reads 2"):
         Ledger.open(tmp_path, MADE)
 
 

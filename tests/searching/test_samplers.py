@@ -5,13 +5,9 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 
 from autoprune.searching.problem import Problem
 from autoprune.searching.projection import SLACK
-from autoprune.searching.samplers import (
-    BudgetedSampler,
-    ExhaustedError,
-    SamplerFactory,
-    derive_seed,
-)
+from autoprune.searching.samplers import BudgetedSampler, derive_seed
 from autoprune.searching.space import SearchSpace
+from autoprune.searching.strategies import Brief, ExhaustedError, SamplerFactory
 
 
 class FirstSite(BaseSampler):
@@ -29,24 +25,25 @@ class FirstSite(BaseSampler):
 
 
 FACTORIES = [
-    SamplerFactory("random", lambda seed, objectives: RandomSampler(seed=seed)),
+    SamplerFactory("random", lambda brief: RandomSampler(seed=brief.seed)),
     SamplerFactory(
-        "nsga2", lambda seed, objectives: NSGAIISampler(population_size=4, seed=seed)
+        "nsga2", lambda brief: NSGAIISampler(population_size=4, seed=brief.seed)
     ),
     SamplerFactory(
         "tpe",
-        lambda seed, objectives: TPESampler(
-            multivariate=True, n_startup_trials=4, seed=seed
+        lambda brief: TPESampler(
+            multivariate=True, n_startup_trials=4, seed=brief.seed
         ),
         changes=4,
     ),
-    SamplerFactory("first site", lambda seed, objectives: FirstSite()),
+    SamplerFactory("first site", lambda brief: FirstSite()),
 ]
 every_factory = pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.name)
 
 
 def study_of(problem, factory, objectives=1, seed=0):
-    sampler = BudgetedSampler(problem, factory, seed=seed, objectives=objectives)
+    brief = Brief(seed=seed, objectives=objectives, problem=problem)
+    sampler = BudgetedSampler(brief, factory)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=sampler, directions=["minimize"] * objectives)
     return study, sampler
@@ -176,9 +173,8 @@ def test_changes_start_from_a_feasible_trial(problem_of):
 @pytest.mark.parametrize("spread", [None, "size_bytes"])
 def test_independent_draws_are_spread_over_all_sizes(problem_of, spread):
     problem = problem_of(100, 6)
-    sampler = BudgetedSampler(
-        problem, FACTORIES[0], seed=0, objectives=1, spread=spread
-    )
+    brief = Brief(seed=0, objectives=1, problem=problem)
+    sampler = BudgetedSampler(brief, FACTORIES[0], spread=spread)
     study = optuna.create_study(sampler=sampler)
     sizes = []
     for _ in range(20):

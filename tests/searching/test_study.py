@@ -4,29 +4,32 @@ import time
 import numpy as np
 import optuna
 import pytest
+from toy_evaluators import FormulaEvaluator
 
 from autoprune.errors import ConfigError, MethodError, PolicyError, RunError
 from autoprune.policy import Action, Policy
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Limit, Objective
 from autoprune.searching.rows import Trial
-from autoprune.searching.samplers import SamplerFactory, derive_seed
+from autoprune.searching.samplers import derive_seed
+from autoprune.searching.strategies import SamplerFactory
 from autoprune.searching.study import run_study
+from autoprune.searching.trial import Evaluator, Score
 
 KL = Objective((("kl", "minimize"),))
 BOTH = Objective((("kl", "minimize"), ("size_bytes", "minimize")))
 
 RANDOM = SamplerFactory(
-    "random", lambda seed, _: optuna.samplers.RandomSampler(seed=seed)
+    "random", lambda brief: optuna.samplers.RandomSampler(seed=brief.seed)
 )
 NSGA2 = SamplerFactory(
     "nsga2",
-    lambda seed, _: optuna.samplers.NSGAIISampler(population_size=4, seed=seed),
+    lambda brief: optuna.samplers.NSGAIISampler(population_size=4, seed=brief.seed),
 )
 TPE = SamplerFactory(
     "tpe",
-    lambda seed, _: optuna.samplers.TPESampler(
-        multivariate=True, n_startup_trials=4, seed=seed
+    lambda brief: optuna.samplers.TPESampler(
+        multivariate=True, n_startup_trials=4, seed=brief.seed
     ),
     changes=4,
 )
@@ -35,7 +38,7 @@ every_sampler = pytest.mark.parametrize(
 )
 
 
-class Evaluator:
+class Formula(FormulaEvaluator):
     """Measures by a formula, and counts; raises where a test says so."""
 
     def __init__(self, problem, raises=None):
@@ -44,21 +47,29 @@ class Evaluator:
         self.seen = []
         self.weights = np.random.default_rng(9).random(len(problem.space.sites))
 
-    def __call__(self, policy):
+    def measure(self, policy, windows=None):
         number = len(self.seen)
         self.seen.append(policy)
         if number in self.raises:
             raise self.raises[number]
         levels = self.problem.space.index(policy)
         kl = float(self.weights @ (levels + 1) ** 2)
-        return {"kl": kl, "size_bytes": self.problem.price("size_bytes", policy)}
+        size = self.problem.price("size_bytes", policy)
+        return Score({"kl": kl, "size_bytes": size})
+
+
+def evaluator_of(problem, given):
+    """Take what a test gives: an evaluator, a formula, or nothing."""
+    if given is None:
+        return Formula(problem)
+    return given if isinstance(given, Evaluator) else FormulaEvaluator(given)
 
 
 def search(run_dir, problem, evaluate=None, **settings):
     settings = {"sampler": RANDOM, "objective": KL, "seed": 0, **settings}
     with Ledger.open(run_dir, {"space": problem.space.fingerprint}) as ledger:
         reason = run_study(
-            problem, evaluate or Evaluator(problem), ledger=ledger, **settings
+            problem, evaluator_of(problem, evaluate), ledger=ledger, **settings
         )
         return reason, ledger.trials()
 
@@ -80,7 +91,7 @@ def test_stopped_and_resumed_is_as_if_it_had_run_through(
     settings = {"sampler": sampler, "objective": limited, "proposals": first}
     _, through = search(tmp_path / "through", problem, trials=18, **settings)
 
-    killed = Evaluator(problem, {5: KeyboardInterrupt()})
+    killed = Formula(problem, {5: KeyboardInterrupt()})
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "parts", problem, killed, trials=18, **settings)
 
@@ -111,7 +122,7 @@ def test_resumed_study_has_the_parents_of_every_generation(tmp_path, problem_of)
 @every_sampler
 def test_no_policy_is_measured_twice(tmp_path, problem_of, sampler):
     problem = problem_of(2, 4)
-    evaluate = Evaluator(problem)
+    evaluate = Formula(problem)
     for trials in (5, 40):
         reason, rows = search(
             tmp_path, problem, evaluate, sampler=sampler, trials=trials
@@ -127,14 +138,14 @@ def test_space_of_one_policy_is_measured_once(tmp_path, problem_of):
 
 def test_row_holds_all_there_is_to_know(tmp_path, problem_of):
     problem = problem_of(4, 3)
-    evaluate = Evaluator(problem)
+    evaluate = Formula(problem)
     _, (row, *_) = search(tmp_path, problem, evaluate, seed=5, trials=2)
     assert row.policy == evaluate.seen[0] == problem.space.policy(row.params)
     assert (row.origin, row.state, row.error) == ("random", "complete", None)
     assert row.seed == derive_seed(5, 0)
     assert row.values == (row.metrics["kl"],)
     assert row.metrics["size_bytes"] == problem.price("size_bytes", row.policy)
-    assert set(row.timings) == {"propose_s", "evaluate_s"}
+    assert set(row.timings) == {"slopes_s", "propose_s", "evaluate_s"}
     assert row.started <= row.finished
 
 
@@ -168,7 +179,7 @@ def test_proposal_that_does_not_fit_the_space_is_an_error(tmp_path, problem_of):
 
 def test_failed_trial_is_a_row_and_the_search_goes_on(tmp_path, problem_of):
     problem = problem_of(6, 4)
-    evaluate = Evaluator(problem, {1: MethodError("no such group"), 2: OSError("disk")})
+    evaluate = Formula(problem, {1: MethodError("no such group"), 2: OSError("disk")})
     _, rows = search(tmp_path, problem, evaluate, sampler=NSGA2, trials=6)
     assert [row.state for row in rows] == ["complete", "failed", "failed"] + [
         "complete"
@@ -186,7 +197,7 @@ def test_three_failures_in_a_row_end_the_search_with_the_last(tmp_path, problem_
     problem = problem_of(6, 4)
     errors = {n: MethodError(f"number {n}") for n in (0, 2, 3, 4)}
     with pytest.raises(MethodError, match="number 4"):
-        search(tmp_path, problem, Evaluator(problem, errors), trials=9)
+        search(tmp_path, problem, Formula(problem, errors), trials=9)
     with Ledger.read(tmp_path) as ledger:
         assert [t.state for t in ledger.trials()].count("failed") == 4
 

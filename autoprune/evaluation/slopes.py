@@ -1,0 +1,223 @@
+"""What every variant would change, to first order, from one backward pass.
+
+At a compressed model the gradient ``g`` of the KL to the dense model is far from zero.
+``<g, W_variant - W_now>`` then prices every variant of a layer at once. Gradients of
+``log q(y)`` with labels ``y`` that the model itself draws give what grows with the
+square of a change: half their mean square is the diagonal of the KL's second-order term
+(the Gauss-Newton matrix is the Fisher matrix of the model at which it is taken).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from autoprune.evaluation.teacher import Teacher
+from autoprune.models.statistics import exact_products
+from autoprune.models.task import output_layer
+from autoprune.models.weights import find_weight, parameter_of, view_of_layer
+from autoprune.policy import Layer
+
+GROUP = 4
+"""Windows that pass at a time: what a backward pass has to hold grows with them."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSlopes:
+    """What the variants of one layer would change, window by window.
+
+    Attributes:
+        kl: Change of each window's mean KL, to first order.
+        score: Change of each window's log-likelihood of drawn labels, to first order,
+            over the square root of its positions; no rows where none were drawn. Half
+            its mean square estimates the second-order change of the KL.
+    """
+
+    kl: Float[Tensor, "windows variants"]
+    score: Float[Tensor, "draws variants"]
+
+
+def measure_slopes(
+    model: nn.Module,
+    teacher: Teacher,
+    variants: Mapping[Layer, Sequence[Float[Tensor, "out in"]]],
+    windows: Sequence[int],
+    *,
+    draws: int = 0,
+    seed: int = 0,
+) -> dict[Layer, LayerSlopes]:
+    """Price variants by the gradient at a model as it stands.
+
+    Args:
+        model: The model, with a policy's variants on it; left as it was.
+        teacher: The dense model on a split.
+        variants: For each layer the weights to price.
+        windows: Indices of the windows of the split that the gradient is taken on.
+        draws: How often labels are drawn for every window.
+        seed: Of the labels.
+
+    Returns:
+        Slopes of every layer's variants, in their order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pricing = _Pricing(model, variants)
+    with pricing.listening(), torch.enable_grad():
+        for at in range(0, len(windows), GROUP):
+            part = list(windows[at : at + GROUP])
+            batch = teacher.batch_of(part)
+            features = teacher.task.features(model, batch)
+            pricing.counts = batch.scored.sum(1)
+            pull, of_head = teacher.pull(
+                model, features, part, head=bool(pricing.of_head)
+            )
+            # The pull is that of the mean; each window's own is as many times larger.
+            pricing.backward(features, pull * len(part), keep=draws > 0)
+            if of_head is not None:
+                pricing.add_of_head(of_head)
+            for draw in range(draws):
+                push = _push(teacher, model, features, generator)
+                pricing.backward(features, push, keep=draw < draws - 1, score=True)
+    return pricing.result()
+
+
+def _push(
+    teacher: Teacher, model: nn.Module, features: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Give the gradient of the log-likelihood of labels that the model draws itself."""
+    leaf = features.detach().requires_grad_()
+    with exact_products(features):
+        for _, logits in teacher.task.head(model).in_chunks(leaf):
+            log_q = logits.log_softmax(-1)
+            drawn = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
+            log_q.gather(1, drawn).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+class _Pricing:
+    """Takes the products of gradients and changes of weight while they pass by.
+
+    Linear layers are priced window by window, from what they read and the gradient of
+    what they gave. Others (embeddings, experts, transposed weights) are priced by
+    their parameter's gradient, one figure for all windows that pass together.
+
+    Attributes:
+        counts: Scored positions of each window that is passing.
+        of_head: Layers whose parameter is the head's, as a tied embedding's is.
+    """
+
+    def __init__(
+        self, model: nn.Module, variants: Mapping[Layer, Sequence[Tensor]]
+    ) -> None:
+        self.counts = torch.ones(1)
+        self._model = model
+        self._variants = variants
+        self._score = False
+        self._kl: dict[Layer, list[Tensor]] = {layer: [] for layer in variants}
+        self._draws: dict[Layer, list[Tensor]] = {layer: [] for layer in variants}
+        head = output_layer(model).weight
+        self.of_head = [la for la in variants if self._parameter(la) is head]
+
+    def backward(
+        self, features: Tensor, gradient: Tensor, *, keep: bool, score: bool = False
+    ) -> None:
+        """Send a gradient back through the model, and price what it passes."""
+        self._score = score
+        features.backward(gradient.to(features.dtype), retain_graph=keep)
+
+    def add_of_head(self, gradient: Tensor) -> None:
+        """Add the gradient of the mean KL by the head to the windows passed last."""
+        for layer in self.of_head:
+            change = self._changes(layer).float() @ gradient.flatten()
+            for row in self._kl[layer][-len(self.counts) :]:
+                row += change
+
+    def result(self) -> dict[Layer, LayerSlopes]:
+        """Give all rows so far."""
+        found = {}
+        for layer, variants in self._variants.items():
+            none = torch.empty(0, len(variants))
+            kl, draws = self._kl[layer], self._draws[layer]
+            score = torch.stack(draws) if draws else none
+            found[layer] = LayerSlopes(torch.stack(kl) if kl else none, score)
+        return found
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to every layer, for a while."""
+        by_parameter: dict[nn.Parameter, list[Layer]] = {}
+        with ExitStack() as undo:
+            for layer in self._variants:
+                module = None
+                if layer.name in self._modules and layer not in self.of_head:
+                    module = self._modules[layer.name]
+                if module is None:
+                    by_parameter.setdefault(self._parameter(layer), []).append(layer)
+                    continue
+                handle = module.register_forward_hook(partial(self._hear, layer))
+                undo.callback(handle.remove)
+            for parameter, layers in by_parameter.items():
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_()
+                handle = parameter.register_post_accumulate_grad_hook(
+                    partial(self._price_parameter, layers)
+                )
+                undo.callback(handle.remove)
+            yield
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        """The linear modules, whose weights are read as they stand, ``[out, in]``."""
+        named = self._model.named_modules()
+        return {name: one for name, one in named if isinstance(one, nn.Linear)}
+
+    def _parameter(self, layer: Layer) -> nn.Parameter:
+        return self._model.get_parameter(parameter_of(layer.name))
+
+    def _hear(
+        self, layer: Layer, module: nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        if not output.requires_grad:  # no layer before it is priced: a graph begins
+            output.requires_grad_()
+        output.register_hook(partial(self._price, layer, inputs[0].detach()))
+
+    def _price(self, layer: Layer, read: Tensor, gradient: Tensor) -> None:
+        """Price a linear layer: ``gradient`` is that of what it gave."""
+        windows = len(self.counts)
+        read = read.reshape(windows, -1, read.shape[-1])
+        gradient = gradient.reshape(windows, -1, gradient.shape[-1])
+        weight = torch.bmm(gradient.transpose(1, 2), read)  # of each window by itself
+        rows = (self._changes(layer) @ weight.flatten(1).T).T.float()
+        if self._score:
+            rows = rows / self.counts.sqrt()[:, None]
+        self._rows(layer).extend(rows)
+
+    def _price_parameter(
+        self, layers: Sequence[Layer], parameter: nn.Parameter
+    ) -> None:
+        assert parameter.grad is not None
+        windows = len(self.counts)
+        # A sum over windows: of the KL their mean is wanted; scores are independent.
+        share = 1 / windows
+        if self._score:
+            share = float(1 / (self.counts.float().mean() * windows).sqrt())
+        for layer in layers:
+            gradient = view_of_layer(self._model, layer.name, parameter.grad)
+            assert gradient is not None
+            row = self._changes(layer).float() @ gradient.float().flatten()
+            self._rows(layer).extend(row * share for _ in range(windows))
+        parameter.grad = None
+
+    def _rows(self, layer: Layer) -> list[Tensor]:
+        return self._draws[layer] if self._score else self._kl[layer]
+
+    def _changes(self, layer: Layer) -> Float[Tensor, "variants weights"]:
+        """Give what every variant would change on the layer as it stands."""
+        now = find_weight(self._model, layer.name)
+        assert now is not None
+        given = self._variants[layer]
+        return torch.stack([(one.to(now.dtype) - now).flatten() for one in given])

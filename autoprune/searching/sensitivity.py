@@ -1,0 +1,291 @@
+"""What every choice of a space costs by itself; kept for every later search."""
+
+import logging
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from jaxtyping import Float, Int
+
+from autoprune.compression.bank import VariantBank
+from autoprune.errors import ConfigError, StoreError, unknown_name
+from autoprune.evaluation.sensitivity import (
+    output_errors,
+    replacement_costs,
+    score_rows,
+)
+from autoprune.evaluation.workbench import Workbench
+from autoprune.policy import Action, Layer, Policy, Site, digest
+from autoprune.searching.space import SearchSpace
+
+log = logging.getLogger(__name__)
+
+KINDS = ("error", "fisher", "measured")
+"""From the Hessian, from gradients of the dense model, by an evaluation each."""
+
+FORMAT = 1
+"""Raised when one of the kinds is computed in another way."""
+
+
+@dataclass(frozen=True, eq=False)
+class FisherRows:
+    """Scores of every choice, which foretell the KL of whole policies.
+
+    Attributes:
+        scores: How each choice moves the log-likelihood of words that the dense model
+            drew; a row a window and draw. Zero for dense and where there is no choice.
+        choices: Number of choices of each site.
+    """
+
+    scores: Float[np.ndarray, "sites choices rows"]
+    choices: Int[np.ndarray, " sites"]
+
+    def predict(self, indices: Int[np.ndarray, " sites"]) -> float:
+        """Foretell the KL of a policy: half the mean square of its sum of scores.
+
+        Second order in the changes and exact in their interplay, but for the noise of
+        the rows; it does not know how the model saturates under strong compression.
+        """
+        summed = self.scores[np.arange(len(indices)), indices].sum(0)
+        return float(np.dot(summed, summed)) / (2 * len(summed))
+
+    def predict_many(
+        self, indices: Int[np.ndarray, "policies sites"]
+    ) -> Float[np.ndarray, " policies"]:
+        """Foretell the KL of many policies at once."""
+        summed = np.zeros((len(indices), self.scores.shape[2]))
+        for site, scores in enumerate(self.scores):
+            summed += scores[indices[:, site]]
+        foretold: Float[np.ndarray, " policies"] = np.square(summed).mean(1) / 2
+        return foretold
+
+    def costs(self) -> Float[np.ndarray, "sites choices"]:
+        """Foretell the KL of each choice by itself; inf where there is none."""
+        alone = np.square(self.scores, dtype=np.float64).mean(2) / 2
+        absent = np.arange(alone.shape[1]) >= self.choices[:, None]
+        return np.where(absent, np.inf, alone)
+
+
+@dataclass(eq=False)
+class Sensitivities:
+    """What every choice of a space costs by itself, measured when first asked for.
+
+    What was measured once is read from the workbench's cache, pair by pair: a space
+    with one more action measures only that one.
+
+    Attributes:
+        bench: The model and its text.
+        bank: Whose variants.
+        space: What may be chosen.
+        split: Where gradients and evaluations are taken.
+        windows: How many windows of it; at most all.
+        draws: How often labels are drawn for a window's gradient.
+        base: The policy in which ``measured`` replaces a choice; None for dense.
+        seconds: Seconds that the measurements of this object took, by kind.
+    """
+
+    bench: Workbench
+    bank: VariantBank
+    space: SearchSpace
+    split: str = "fitness"
+    windows: int = 8
+    draws: int = 4
+    base: Policy | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def costs(self, kind: str) -> Float[np.ndarray, "sites choices"]:
+        """Give what every choice costs; inf where a site has no such choice.
+
+        Args:
+            kind: ``error``: relative output error, summed over a site's layers;
+                ``fisher``: second-order KL from gradients of the dense model;
+                ``measured``: growth of the KL when that choice alone is made.
+
+        Raises:
+            ConfigError: If the kind is unknown.
+            StoreError: If what was measured cannot be written.
+        """
+        if kind not in KINDS:
+            raise ConfigError(unknown_name("kind of sensitivity", kind, KINDS))
+        if kind == "fisher":
+            return self.fisher_rows().costs()
+        table = self._errors() if kind == "error" else self._measured()
+        costs = np.full((len(self.space.sites), self._width), np.inf)
+        for row, site in enumerate(self.space.sites):
+            for column, action in enumerate(self.space.choices[site.name]):
+                costs[row, column] = table[site, action]
+        return costs
+
+    def fisher_rows(self) -> FisherRows:
+        """Give the scores of every choice, from gradients of the dense model.
+
+        Raises:
+            StoreError: If what was measured cannot be written.
+        """
+        seen = self._seen()
+
+        def measure(wanted: dict[Layer, list[Action]]) -> Mapping[Layer, Any]:
+            teacher = self.bench.teacher(self.split)
+            rows = score_rows(self.bank, teacher, wanted, seen, draws=self.draws)
+            return {layer: found.T for layer, found in rows.items()}
+
+        file = self._file("fisher", self._text(), self.draws)
+        entries = self._by_layer("fisher", file, measure)
+        shape = (len(self.space.sites), self._width, len(seen) * self.draws)
+        scores = np.zeros(shape, dtype=np.float32)
+        for row, site, column, action in self._places():
+            for layer in site.layers:
+                scores[row, column] += entries[self.bank.key(layer, action)]
+        counts = [len(self.space.choices[site.name]) for site in self.space.sites]
+        return FisherRows(scores, np.array(counts))
+
+    def _errors(self) -> dict[tuple[Site, Action], float]:
+        file = self._file("error")
+        entries = self._by_layer(
+            "error", file, lambda wanted: output_errors(self.bank, wanted)
+        )
+        table = dict.fromkeys(self._all_pairs(), 0.0)
+        for _, site, _, action in self._places():
+            keys = [self.bank.key(layer, action) for layer in site.layers]
+            table[site, action] = float(sum(entries[key][0] for key in keys))
+        return table
+
+    def _measured(self) -> dict[tuple[Site, Action], float]:
+        base = self.bench.per_layer(self.base) if self.base else {}
+        named = {la.name: self.bank.key(la, a) for la, a in base.items() if a.steps}
+        file = self._file("measured", self._text(), named)
+        stands = {  # what a base has at a site costs nothing more there
+            (site, action): all(base.get(la, Action()) == action for la in site.layers)
+            for site, action in self._all_pairs()
+        }
+        keys = {
+            (site, action): digest([self.bank.key(la, action) for la in site.layers])
+            for (site, action), standing in stands.items()
+            if not standing
+        }
+        known = file.read()
+        absent = [pair for pair, key in keys.items() if key not in known]
+        if absent:
+            start = time.perf_counter()
+            costs = replacement_costs(
+                self.bank,
+                self.bench.teacher(self.split),
+                (dict.fromkeys(site.layers, action) for site, action in absent),
+                self._seen(),
+                base=base,
+            )
+            for pair, cost in zip(absent, costs, strict=True):
+                known = file.add({keys[pair]: cost})  # a killed run loses one at most
+            self._took("measured", len(absent), start)
+        table = dict.fromkeys(stands, 0.0)
+        return table | {pair: float(known[key][0]) for pair, key in keys.items()}
+
+    def _by_layer(
+        self, kind: str, file: "_Entries", measure: Any
+    ) -> Mapping[str, Float[np.ndarray, " numbers"]]:
+        """Read what is known of layers' variants, and measure what is not."""
+        known = file.read()
+        wanted: dict[Layer, list[Action]] = {}
+        for _, site, _, action in self._places():
+            for layer in site.layers:
+                if self.bank.key(layer, action) not in known:
+                    wanted.setdefault(layer, []).append(action)
+        if not wanted:
+            return known
+        start = time.perf_counter()
+        new = {
+            self.bank.key(layer, action): value
+            for layer, values in measure(wanted).items()
+            for action, value in zip(wanted[layer], values, strict=True)
+        }
+        self._took(kind, len(new), start)
+        return file.add(new)
+
+    def _took(self, kind: str, pairs: int, start: float) -> None:
+        spent = time.perf_counter() - start
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + spent
+        log.info("sensitivities %s of %d pairs took %.1f s", kind, pairs, spent)
+
+    def _places(self) -> Iterator[tuple[int, Site, int, Action]]:
+        """Walk all choices but dense, which costs nothing."""
+        for row, site in enumerate(self.space.sites):
+            for column, action in enumerate(self.space.choices[site.name]):
+                if action.steps:
+                    yield row, site, column, action
+
+    def _all_pairs(self) -> list[tuple[Site, Action]]:
+        sites = self.space.sites
+        return [(site, a) for site in sites for a in self.space.choices[site.name]]
+
+    @property
+    def _width(self) -> int:
+        return max(len(actions) for actions in self.space.choices.values())
+
+    def _seen(self) -> Sequence[int]:
+        """Name the windows: the first ones, the same for every pair."""
+        return range(min(self.windows, len(self.bench.splits[self.split].ids)))
+
+    def _text(self) -> list[Any]:
+        text = self.bench.splits[self.split].fingerprint
+        return [self.bench.task.name, text, len(self._seen())]
+
+    def _file(self, kind: str, *about: Any) -> "_Entries":
+        """Find the file of a kind: all that its entries share is in its name."""
+        folder = self.bench.store.folder.parent / "sensitivities"
+        return _Entries(
+            folder / f"{digest([FORMAT, kind, self.bank.name, *about])}.npz"
+        )
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """As many numbers for each key, in a file that is whole or absent."""
+
+    path: Path
+
+    def read(self) -> dict[str, Float[np.ndarray, " numbers"]]:
+        """Read all entries; none if the file is absent or damaged."""
+        try:
+            with self.path.open("rb") as file, np.load(file) as found:
+                pairs = zip(found["keys"].tolist(), found["values"], strict=True)
+                return dict(pairs)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            log.warning("%s is damaged (%s): measuring again", self.path, error)
+            return {}
+
+    def add(self, new: Mapping[str, Any]) -> dict[str, Float[np.ndarray, " numbers"]]:
+        """Add entries to those that are there by now; return them all.
+
+        Raises:
+            StoreError: If the file cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_suffix(".lock")):
+                entries = self.read() | {k: np.atleast_1d(v) for k, v in new.items()}
+                self._write(entries)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write sensitivities to {self.path}: {error.strerror}. Set "
+                "AUTOPRUNE_CACHE to a folder that can be written"
+            ) from error
+        return entries
+
+    def _write(self, entries: Mapping[str, Float[np.ndarray, " numbers"]]) -> None:
+        handle, name = tempfile.mkstemp(suffix=".part", dir=self.path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, keys=list(entries), values=np.stack([*entries.values()]))
+            os.replace(name, self.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise

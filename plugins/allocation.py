@@ -1,0 +1,162 @@
+"""Allocation: the exact optimum of an additive score, re-fitted to what is measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from optuna.samplers import BaseSampler
+
+from autoprune.errors import ConfigError
+from autoprune.hookspecs import hookimpl
+from autoprune.searching.allocation import allocate
+from autoprune.searching.rows import Trial
+from autoprune.searching.strategies import Brief, PolicySampler, SamplerFactory
+
+NOISE = 0.25
+"""Spread of the logarithm of the noise on costs; twice as much in each repeat."""
+
+TURNS = 2
+"""Every other proposal has noise: the optimum moves by a few sites a fit, and trials so
+alike teach nothing of hundreds of multipliers."""
+
+REPEATS = 8
+"""Solutions in search of one that was not measured."""
+
+LEAST = 0.02
+"""The smallest multiplier, as a share of their mean: no site is ever free."""
+
+ENOUGH = 3
+"""Trials from which on multipliers are fitted."""
+
+
+class AllocationSampler(PolicySampler):
+    """Solves, and after every trial fits a multiplier a site, and solves again.
+
+    The model is KL = constant + sum over sites of multiplier x sensitivity. It starts
+    from multipliers of 1 and is fitted by ridge regression towards their common mean
+    on all complete trials, so that what trials tell of a site moves it and nothing
+    else does. SPDY (Frantar and Alistarh, ICML 2022) searches such multipliers at
+    random; the fit uses what every trial has shown.
+
+    Raises:
+        ConfigError: If there are no sensitivities or no budget.
+    """
+
+    def __init__(self, brief: Brief) -> None:
+        super().__init__(brief)
+        if brief.sensitivities is None or not brief.problem.budgets:
+            what = "sensitivities" if brief.problem.budgets else "a budget"
+            raise ConfigError(
+                f"the strategy 'allocation' needs {what} and found none. Measure "
+                "sensitivities and set a budget, or take the strategy 'nsga2'."
+            )
+        # Noise in what was measured can make a choice seem better than none.
+        self._costs = np.maximum(brief.sensitivities, 0).astype(np.float64)
+        names = self.space.distributions()
+        self._positions = [
+            (name, {text: i for i, text in enumerate(choices.choices)})
+            for name, choices in names.items()
+        ]
+
+    def propose(self) -> tuple[Int[np.ndarray, " sites"], Mapping[str, Any]]:
+        """Solve with the fit; with noise at every other turn and in repeats."""
+        history = self.brief.history
+        tried = {trial.number: self._indices(trial) for trial in history}
+        known = {indices.tobytes() for indices in tried.values()}
+        good = [t for t in history if t.state == "complete" and t.values]
+        chosen = np.array([tried[t.number] for t in good], dtype=np.int64)
+        costs = self._costs
+        if len(good) >= ENOUGH:
+            features = self._costs[np.arange(len(self._costs)), chosen]
+            fitted = fit_multipliers(features, np.array([t.values[0] for t in good]))
+            costs = self._costs * fitted[:, None]
+        rng = self.brief.rng()
+        noise, found = 0.0, allocate(self.problem, costs)
+        explores = len(good) >= ENOUGH and len(history) % TURNS == 1
+        for repeat in range(REPEATS):
+            if found.tobytes() not in known and (noise or not explores):
+                break
+            noise = NOISE * 2**repeat
+            shaken = costs * np.exp(noise * rng.standard_normal(costs.shape))
+            found = allocate(self.problem, shaken)
+        return found, {"noise": noise}
+
+    def _indices(self, trial: Trial) -> NDArray[np.int64]:
+        params = trial.params
+        return np.array(
+            [where[params[name]] for name, where in self._positions], dtype=np.int64
+        )
+
+
+def fit_multipliers(
+    features: Float[np.ndarray, "trials sites"], values: Float[np.ndarray, " trials"]
+) -> Float[np.ndarray, " sites"]:
+    """Fit what each site's sensitivity counts for in the values of trials.
+
+    Ridge regression with a free constant, towards one common multiplier. A trial
+    counts by the inverse of its value: the error that matters is a share, and good
+    policies are what is asked about.
+
+    Args:
+        features: The sensitivity of each site's choice, at least 0.
+        values: The trials' KL, more than 0.
+
+    Returns:
+        Multipliers of mean 1 or so, none below ``LEAST``; all 1 where nothing is to be
+        learned.
+    """
+    total = features.sum(axis=1)
+    if not (total > 0).all() or not (values > 0).all():
+        return np.ones(features.shape[1])
+    # Good trials lie too close together to tell a constant from a common multiplier:
+    # that is taken through the origin, where a dense model has no KL.
+    common = float((values / total).mean())
+    weights = values.min() / values
+    rest = (values - common * total) * weights
+    scaled = features * weights[:, None]
+    basis = weights / np.linalg.norm(weights)
+    rest -= basis * (basis @ rest)
+    scaled -= np.outer(basis, basis @ scaled)
+    return np.maximum(1 + _ridge(scaled, rest) / common, LEAST)
+
+
+def _ridge(
+    features: NDArray[np.float64], rest: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Fit by ridge regression, with the penalty that leaves the least out of sample."""
+    values, vectors = np.linalg.eigh(features @ features.T)
+    values = np.maximum(values, 0)
+    if values[-1] <= 0:
+        return np.zeros(features.shape[1])
+    turned = vectors.T @ rest
+
+    def dual(penalty: float) -> tuple[float, NDArray[np.float64]]:
+        shrunk = 1 / (values + penalty)
+        inverse = np.einsum("ik,k,ik->i", vectors, shrunk, vectors)
+        weights: NDArray[np.float64] = vectors @ (turned * shrunk)
+        return float(np.square(weights / inverse).mean()), weights
+
+    penalties: Sequence[float] = [values[-1] * 4.0**-power for power in range(2, 14)]
+    _, weights = min((dual(penalty) for penalty in penalties), key=lambda one: one[0])
+    shift: NDArray[np.float64] = features.T @ weights
+    return shift
+
+
+def _make(brief: Brief) -> BaseSampler:
+    return AllocationSampler(brief)
+
+
+@hookimpl
+def register_samplers() -> list[SamplerFactory]:
+    """Return the strategy."""
+    return [
+        SamplerFactory(
+            "allocation",
+            _make,
+            "the exact optimum of an additive model that every trial corrects",
+            needs=frozenset({"sensitivities"}),
+            several=False,
+        )
+    ]
