@@ -1,12 +1,29 @@
 """The commands: a thin layer over what Python callers use. Heavy imports are late."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from autoprune.commands import (
+    configure,
+    new_folder,
+    run_folder,
+    search_until_stopped,
+    text_config,
+)
+from autoprune.options import (
+    AsJson,
+    Force,
+    Model,
+    Modules,
+    Run,
+    RunDir,
+    Target,
+    Text,
+    Trials,
+    Verbose,
+)
 from autoprune.reporting.session import (
     observing,
     session,
@@ -14,6 +31,7 @@ from autoprune.reporting.session import (
     tell_methods,
     tell_plugins,
     tell_search,
+    tell_solutions,
     write,
 )
 
@@ -30,24 +48,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Run = Annotated[Path, typer.Argument(help="A run folder, or its name in results/runs.")]
-RunDir = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
-Model = Annotated[str | None, typer.Option(help="Folder, hub id, GGUF file, or demo.")]
-Text = Annotated[str | None, typer.Option(help="builtin, file:PATH or hub:OWNER/NAME.")]
-Trials = Annotated[int | None, typer.Option(min=1, help="Most trials.")]
-Target = Annotated[str | None, typer.Option(help="packed or transformers.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an export.")]
-Modules = Annotated[
-    list[str] | None,
-    typer.Option("--plugin", metavar="MODULE", help="Load a module as a plugin."),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Write the result as JSON, and nothing else.")
-]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Tell everything, tracebacks included.")
-]
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def search(
     Of --budget and --trials, what is given here stands in place of both in the file.
     """
     with session(verbose=verbose) as console:
-        config = _configure(
+        config = configure(
             space,
             ends={"budget": budget, "trials": trials},
             modules=plugin or (),
@@ -100,7 +100,7 @@ def search(
             search__sampler=sampler,
             search__seed=seed,
         )
-        result = _search(config, _new_folder(run, space), console)
+        result = search_until_stopped(config, new_folder(run, space), console)
         tell_search(result, as_json=as_json)
 
 
@@ -111,7 +111,7 @@ def status(run: Run, *, as_json: AsJson = False, verbose: Verbose = False) -> No
         from autoprune.reporting import tables
         from autoprune.reporting.status import RunStatus
 
-        found = RunStatus.read(_folder(run))
+        found = RunStatus.read(run_folder(run))
         write(found.to_dict(), *tables.status_parts(found), as_json=as_json)
 
 
@@ -135,7 +135,7 @@ def evaluate(
             found = transfer.evaluate(
                 model,
                 policy=policy,
-                text=_text(text),
+                text=text_config(text),
                 target=target or TARGETS[0],
                 plugins=plugin or [],
                 observer=observer,
@@ -163,7 +163,7 @@ def export(
 
         with observing(console) as observer:
             reports = deliver.export(
-                _folder(run),
+                run_folder(run),
                 out=out,
                 trial=trial,
                 front=front,
@@ -197,12 +197,42 @@ def apply(
                 model=model,
                 out=out,
                 target=target or TARGETS[0],
-                text=_text(text),
+                text=text_config(text),
                 force=force,
                 plugins=plugin or [],
                 observer=observer,
             )
         tell_exports([report], as_json=as_json)
+
+
+@app.command()
+def solve(
+    run: Run,
+    *,
+    size: Annotated[str | None, typer.Option(help="Most bytes: 40%, 55 MB.")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=LIMIT", help="Of an additive metric; repeatable."),
+    ] = None,
+    front: Annotated[
+        int | None, typer.Option(min=2, help="So many points of the whole front.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the policy here.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Solve a run for another budget, in seconds, without measuring anything."""
+    if front is None and not (size or budget):
+        raise typer.BadParameter("give --size, --budget METRIC=LIMIT or --front COUNT")
+    with session(verbose=verbose):
+        from autoprune import solving
+
+        if front is not None:
+            tell_solutions(solving.front(run_folder(run), count=front), as_json=as_json)
+            return
+        limits = [f"size_bytes={size}"] if size else []
+        found = solving.solve(run_folder(run), [*limits, *(budget or [])], out=out)
+        tell_solutions([found], as_json=as_json)
 
 
 @app.command()
@@ -239,9 +269,9 @@ def demo(
         from autoprune import deliver
 
         ends = {"trials": trials}
-        config = _configure(DEMO, ends=ends, model=model, text__source=text)
-        folder = _new_folder(run, "demo")
-        result = _search(config, folder, console)
+        config = configure(DEMO, ends=ends, model=model, text__source=text)
+        folder = new_folder(run, "demo")
+        result = search_until_stopped(config, folder, console)
         reports = []
         for target in TARGETS if result.finals else ():
             with observing(console) as observer:
@@ -249,52 +279,3 @@ def demo(
                     folder, target=target, force=True, observer=observer
                 )
         tell_search(result, as_json=as_json, exports=reports)
-
-
-def _configure(
-    space: str, *, ends: Mapping[str, Any], modules: Sequence[str] = (), **changes: Any
-) -> Any:
-    """Read a space; ends given here stand in place of all that the file names."""
-    from autoprune.config import RunConfig
-    from autoprune.run import find_space
-
-    given = {f"search__{name}": end for name, end in ends.items()}
-    config = RunConfig.from_yaml(find_space(space), **given, **changes)
-    search = config.search
-    if any(end is not None for end in ends.values()):
-        ended = {name: getattr(search, name) for name in ends if ends[name] is not None}
-        search = search.model_copy(update={"budget": None, "trials": None} | ended)
-    both = {"search": search, "plugins": [*config.plugins, *modules]}
-    return config.model_copy(update=both)
-
-
-def _search(config: Any, folder: Path, console: Console) -> Any:
-    """Search until the end, or until the first Ctrl-C."""
-    from autoprune import run
-    from autoprune.reporting.interrupt import Interrupt
-
-    with (
-        observing(console, budget_s=config.search.budget) as observer,
-        Interrupt(lambda: observer.current, observer.note).listening() as stop,
-    ):
-        return run.search(config, folder, observer=observer, stop=stop)
-
-
-def _text(source: str | None) -> Any:
-    from autoprune.config import TextConfig
-
-    return TextConfig(source=source) if source else None
-
-
-def _new_folder(run: Path | None, space: str) -> Path:
-    from autoprune.run import RUNS
-
-    return run or RUNS / Path(space).stem
-
-
-def _folder(run: Path) -> Path:
-    """Find a run folder by its path, or by its name among the runs."""
-    from autoprune.run import RUNS
-
-    named = not (run / "ledger.sqlite").exists() and (RUNS / run).is_dir()
-    return RUNS / run if named else run

@@ -21,6 +21,7 @@ from autoprune.policy import Policy
 from autoprune.reporting.machine import to_json
 from autoprune.reporting.observer import SEARCHING, Observer
 from autoprune.searching.finals import best_so_far
+from autoprune.searching.frozen import FrozenProblem
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
 from autoprune.searching.rows import Trial
@@ -143,6 +144,8 @@ def _search_round(
     observer.stage("measuring the dense model")
     plan.bench.teacher("fitness")
     sensitivities = plan.sensitivities(observer.stage)
+    frozen = FrozenProblem.of(plan.bench, plan.problem.space, sensitivities)
+    frozen.write(ledger.run_dir)
     observer.aim(plan.objective.goals, ledger.trials())
     observer.stage(SEARCHING)
     config = plan.config.search

@@ -18,6 +18,7 @@ FLOORS = {
     "errors": 0,
     "policy": 0,
     "limits": 0,
+    "options": 0,
     "config": 0,
     "hookspecs": 0,
     "plugins": 0,
@@ -30,7 +31,9 @@ FLOORS = {
     "conclusion": 7,
     "run": 8,
     "deliver": 8,
+    "solving": 9,
     "transfer": 9,
+    "commands": 9,
     "cli": 10,
     "testing": 11,  # for plugin authors: it may use every room, and none uses it
     "__init__": 11,  # the public names; looked up from inside, it would hide a climb
@@ -52,10 +55,10 @@ HOMES = {
     "pyarrow": {"reporting", "searching"},
     "pydantic": {"config", "limits"},
     "ray": {"searching"},
-    "rich": {"cli", "reporting"},
+    "rich": {"cli", "commands", "reporting"},
     "scipy": {"searching"},
     "transformers": {"models", "exporting", "testing"},
-    "typer": {"cli"},
+    "typer": {"cli", "options"},
 }
 """Rooms in which a dependency may be imported; one that is not named may everywhere."""
 

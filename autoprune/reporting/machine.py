@@ -49,3 +49,13 @@ def _plain(data: Any) -> Any:
     if isinstance(data, Path | type):
         return str(data) if isinstance(data, Path) else data.__name__
     return data
+
+
+def solution_data(found: Any) -> dict[str, Any]:
+    """Give what was solved for."""
+    return {
+        "policy": found.policy.to_dict(),
+        "metrics": dict(found.metrics),
+        "cost": found.cost,
+        "model": found.model,
+    }

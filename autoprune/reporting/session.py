@@ -109,6 +109,15 @@ def tell_search(result: Any, *, as_json: bool, exports: Sequence[Any] = ()) -> N
         raise SystemExit(INTERRUPTED)
 
 
+def tell_solutions(found: Sequence[Any], *, as_json: bool) -> None:
+    """Write what was solved for, not measured."""
+    from autoprune.reporting import machine, tables
+
+    data = [machine.solution_data(one) for one in found]
+    shown = data[0] if len(data) == 1 else data
+    write(shown, *tables.solutions_parts(found), as_json=as_json)
+
+
 def tell_exports(reports: Sequence[Any], *, as_json: bool) -> None:
     """Write what was exported."""
     from autoprune.reporting import tables

@@ -107,6 +107,21 @@ _ENDS = {
 """Why a search ended, for people."""
 
 
+def solutions_parts(found: Sequence[Any]) -> list[str | Table]:
+    """Tell what was solved for: additive metrics, and what the model says of the KL."""
+    table = _table("Solved, not measured")
+    names = list(found[0].metrics)
+    for heading in [*names, "model of the KL"]:
+        table.add_column(heading, justify="right")
+    for one in found:
+        cells = [value(name, one.metrics[name]) for name in names]
+        table.add_row(*cells, f"{one.cost:.4g}")
+    return [
+        table,
+        f"By {found[0].model}. To know its quality: autoprune evaluate MODEL --policy",
+    ]
+
+
 def exports_parts(reports: Sequence[Any]) -> list[str | Table]:
     """Tell what was exported, and how to load it."""
     lines = ["To load them:" if len(reports) > 1 else "To load it:"]

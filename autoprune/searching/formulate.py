@@ -59,7 +59,7 @@ def priced(
     """
     additive = {name for name in budgets if is_additive(bench, name)}
     names = sorted(additive | {SIZE}, key=lambda name: (name != SIZE, name))
-    prices = {name: _prices(bench, space, bench.metric(name)) for name in names}
+    prices = {name: prices_in(bench, space, bench.metric(name)) for name in names}
     limits = [
         _budget(bench, space, prices[name], budgets[name])
         for name in names
@@ -101,7 +101,8 @@ def refusal(bench: Workbench, layer: Layer, action: Action) -> str | None:
     return reason
 
 
-def _prices(bench: Workbench, space: SearchSpace, metric: Metric) -> Prices:
+def prices_in(bench: Workbench, space: SearchSpace, metric: Metric) -> Prices:
+    """Price every choice of a space in one additive metric."""
     scene = bench.scene()
     table = {}
     for site in space.sites:

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
-from autoprune_plugins.allocation import fit_multipliers, register_samplers
+from autoprune_plugins.allocation import register_samplers
+
+from autoprune.searching.refit import fit_multipliers
 
 from autoprune.errors import ConfigError
 from autoprune.policy import Action, Layer, Site

@@ -1,0 +1,24 @@
+"""The options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Run = Annotated[Path, typer.Argument(help="A run folder, or its name in results/runs.")]
+RunDir = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
+Model = Annotated[str | None, typer.Option(help="Folder, hub id, GGUF file, or demo.")]
+Text = Annotated[str | None, typer.Option(help="builtin, file:PATH or hub:OWNER/NAME.")]
+Trials = Annotated[int | None, typer.Option(min=1, help="Most trials.")]
+Target = Annotated[str | None, typer.Option(help="packed or transformers.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an export.")]
+Modules = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", metavar="MODULE", help="Load a module as a plugin."),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Write the result as JSON, and nothing else.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Tell everything, tracebacks included.")
+]
