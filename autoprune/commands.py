@@ -39,12 +39,14 @@ def search_until_stopped(config: Any, folder: Path, console: Console) -> Any:
 
 
 def text_config(source: str | None) -> Any:
+    """Make the configuration of a text; None if none is named."""
     from autoprune.config import TextConfig
 
     return TextConfig(source=source) if source else None
 
 
 def new_folder(run: Path | None, space: str) -> Path:
+    """Name the run folder of a search: as given, or after its space."""
     from autoprune.run import RUNS
 
     return run or RUNS / Path(space).stem

@@ -1,10 +1,10 @@
 """Allocation: the exact optimum of an additive score, re-fitted to what is measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 

@@ -82,6 +82,8 @@ class Gradient(PolicySampler):
             changes=max(FEWEST, round(changes)),
             levels=max(2, round(REACH * costs.shape[1])),
         )
+        if (projection := self.problem.projection) is not None:
+            chosen = projection.fill(chosen, costs, rng)
         rows = np.arange(len(now))
         promised = {
             "linear": float(slope[rows, chosen].sum()),

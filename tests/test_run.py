@@ -108,6 +108,7 @@ def test_the_run_folder_has_all_that_a_search_leaves(finished: SearchResult) -> 
         "trials.parquet",
         "finals.json",
         "policy.json",
+        "problem.json",
     }
 
 
@@ -139,7 +140,7 @@ def test_metrics_agree_with_each_other(finished: SearchResult) -> None:
             dense["size_bytes"] / row.size_bytes
         )
         assert row.gflop_per_token <= dense["gflop_per_token"]
-        assert row.model_sparsity <= row.sparsity <= 0.7
+        assert row.model_sparsity <= row.sparsity <= 0.705  # rounded layer by layer
         assert row.reward == pytest.approx(
             -math.log1p(row.quality_drop) + 0.2 * math.log(row.compression_ratio)
         )
@@ -221,7 +222,7 @@ def test_the_size_budget_is_kept_and_used_up(
     )
     result = search(config, tmp_path / "run")
     limit = 0.45 * result.finals["dense"]["size_bytes"]
-    assert set(result.trials["origin"]) == {"nsga2"}
+    assert set(result.trials["origin"]) == {"gradient"}
     assert (result.trials["size_bytes"] <= limit).all()
     # Some ten bytes a tensor are kept free for its place in the header.
     tensors = 15 * 4

@@ -131,8 +131,8 @@ class FrozenProblem:
             return cls._from(data)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"cannot read {path}: {error}. It is written when a search begins: give "
-                "the same search command again"
+                f"cannot read {path}: {error}. It is written when a search begins: "
+                "give the same search command again"
             ) from error
 
     @classmethod

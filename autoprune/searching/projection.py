@@ -111,6 +111,38 @@ class Projection:
             best = min(best, self._walk(other, rng), key=self._short)
         return best
 
+    def fill(
+        self,
+        indices: Int[np.ndarray, " sites"],
+        costs: Float[np.ndarray, "sites choices"],
+        rng: Generator,
+    ) -> Int[np.ndarray, " sites"]:
+        """Use up what a choice leaves of the first budget, at the least cost.
+
+        Args:
+            indices: Choices within the budgets; left untouched.
+            costs: What each choice adds to a score; inf where it is not to be taken.
+            rng: For the exchanges of two sites that follow where nothing fits alone.
+
+        Returns:
+            Choices within the budgets, raised one by one where that costs least for its
+            price, until at most ``SLACK`` is left or nothing fits.
+        """
+        current = np.array(indices, dtype=np.int64)
+        for _ in range(len(current) * self._costs.shape[2]):
+            if self._short(current) <= self._slack:
+                break
+            rise = self._costs - self._costs[:, self._rows, current][:, :, None]
+            gap = self._gap(current)[:, None, None]
+            able = (rise <= gap).all(axis=0) & (rise[0] > 0) & np.isfinite(costs)
+            if not able.any():
+                return min(self._walk(current, rng), current, key=self._short)
+            more = costs - costs[self._rows, current][:, None]
+            rate = np.where(able, more, np.inf) / np.where(able, rise[0], 1.0)
+            site, choice = np.unravel_index(int(rate.argmin()), rate.shape)
+            current[site] = choice
+        return current
+
     def _walk(self, start: NDArray[np.int64], rng: Generator) -> NDArray[np.int64]:
         """Go one random path from any choices to choices on the budgets."""
         current = start.copy()

@@ -36,6 +36,9 @@ TRIALS = 100
 FEW = {"gp": 14, "cmaes": 24}
 """Trials of those that are slow, for the outer knobs only; the others do ``TRIALS``."""
 
+RESTARTS = 8
+"""Most searches of a strategy that ends by itself."""
+
 MANY_TRIALS = 40
 MANY = ("gradient", "allocation", "evolution")
 """The strategies that are tried at 1000 sites."""
@@ -146,12 +149,12 @@ class Formula(Evaluator):
         return SiteSlopes(slope, error, curvature, tuple(range(8)))
 
 
-def one_strategy(
-    problem: Problem, factory: SamplerFactory, trials: int
+def one_search(
+    problem: Problem, factory: SamplerFactory, trials: int, seed: int
 ) -> dict[str, Any]:
-    """Run a strategy, and tell the CPU milliseconds of its trials."""
-    evaluator = Formula(problem)
-    rng = np.random.default_rng(1)
+    """Search once; give the milliseconds of every trial, and what was found."""
+    evaluator = Formula(problem, seed)
+    rng = np.random.default_rng(seed)
     guess = evaluator.damage * rng.lognormal(0, 0.3, evaluator.damage.shape)
     assert problem.projection is not None
     start = problem.space.at(problem.projection.fit(problem.projection.cheapest, rng))
@@ -169,7 +172,7 @@ def one_strategy(
                 ledger=ledger,
                 sampler=factory,
                 objective=Objective((("kl", "minimize"),)),
-                seed=0,
+                seed=seed,
                 rungs=RUNGS,
                 sensitivities=guess,
                 trials=trials,
@@ -177,20 +180,44 @@ def one_strategy(
                 on_trial=on_trial,
             )
             found = ledger.trials()
+    failed = [trial.error for trial in found if trial.state == "failed"]
+    if failed:
+        raise AssertionError(f"strategy {factory.name!r}: {failed[0]}")
+    best = min(trial.values[0] for trial in found if trial.feasible)
     # The first trial of all is given, not proposed.
     cpu, inside = np.diff(np.array(marks)[:, :2], axis=0).T
-    spent = 1e3 * (cpu - inside)
-    walls = [wall for _, _, wall in marks[1:]]
-    complete = [trial.values[0] for trial in found if trial.feasible]
     return {
-        "trials": len(found),
         "ended": ended,
+        "spent_ms": (1e3 * (cpu - inside)).tolist(),
+        "walls_ms": [1e3 * wall for _, _, wall in marks[1:]],
+        "kl": [round(found[0].values[0], 4), round(best, 4)],
+    }
+
+
+def one_strategy(
+    problem: Problem, factory: SamplerFactory, trials: int
+) -> dict[str, Any]:
+    """Tell the CPU milliseconds of a strategy's trials.
+
+    One that ends by itself before so many trials searches again with another seed.
+    """
+    runs: list[dict[str, Any]] = []
+    spent: list[float] = []
+    while len(spent) < trials - 1 and len(runs) < RESTARTS:
+        runs.append(one_search(problem, factory, trials, seed=len(runs)))
+        spent += runs[-1]["spent_ms"]
+        if runs[-1]["ended"] != "exhausted":
+            break
+    last = runs[-1]["spent_ms"]
+    return {
+        "searches": len(runs),
+        "proposals": len(spent),
         "median_ms": round(float(np.median(spent)), 2),
-        "mean_ms": round(float(spent.mean()), 2),
-        "last_ms": round(float(spent[-max(1, len(spent) // 5) :].mean()), 2),
-        "worst_ms": round(float(spent.max()), 2),
-        "propose_wall_ms": round(1e3 * float(np.median(walls)), 2),
-        "kl": [round(found[0].values[0], 4), round(min(complete), 4)],
+        "mean_ms": round(float(np.mean(spent)), 2),
+        "last_ms": round(float(np.mean(last[-max(1, len(last) // 5) :])), 2),
+        "worst_ms": round(max(spent), 2),
+        "propose_wall_ms": round(float(np.median(runs[0]["walls_ms"])), 2),
+        "kl": runs[0]["kl"],
     }
 
 
@@ -205,16 +232,16 @@ def measure_all(sites: int, trials: Mapping[str, int]) -> dict[str, Any]:
     return {
         "sites": sites,
         "actions": len(next(iter(problem.space.choices.values()))),
-        "limit_ms": LIMIT_MS,
-        "default": DEFAULT,
-        "kept": rows[DEFAULT]["mean_ms"] < LIMIT_MS,
         "strategies": rows,
     }
 
 
 def _usual() -> dict[str, Any]:
     names = sorted(load_plugins().objects["samplers"])
-    return measure_all(210, {name: FEW.get(name, TRIALS) for name in names})
+    found = measure_all(210, {name: FEW.get(name, TRIALS) for name in names})
+    mean_ms = found["strategies"][DEFAULT]["mean_ms"]
+    kept = {"default": DEFAULT, "limit_ms": LIMIT_MS, "kept": mean_ms < LIMIT_MS}
+    return kept | found
 
 
 def cells() -> dict[str, Callable[[], dict[str, Any]]]:

@@ -177,7 +177,7 @@ def correlate(open_it: Callable[[], Plan], policies: int = POLICIES) -> dict[str
             "measured": MEASURED_WINDOWS,
             "slope_tokens": SLOPE_TOKENS,
         },
-        "measured_levels": f"every {MEASURED_STRIDE}nd and the last, others between",
+        "measured_levels": f"1 of {MEASURED_STRIDE} and the last, others between",
         "kl_cpu_s": round(kl_cpu_s, 1),
         "kl": [round(kl, 5) for kl in true],
         "said": {
