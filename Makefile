@@ -10,7 +10,7 @@ FAST := not slow and not gpu and not network
 CI := (not slow or ci) and not gpu and not network
 ALL := not gpu and not network
 
-.PHONY: setup demo test test-fast test-all lint format bench clean help
+.PHONY: setup demo test test-fast test-all lint format bench bench-search clean help
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)  ## Make .venv and install AutoPrune there (the default)
@@ -50,6 +50,9 @@ format: $(STAMP)  ## Put the code into the one format
 bench: $(STAMP)  ## Measure again what results/ claims of speed
 	$(BIN)/python results/overhead/bench.py
 	$(BIN)/python results/sparsegpt/bench.py
+
+bench-search: $(STAMP)  ## The search beside EvoPress; resumes, CELLS='ours-*' for some
+	$(BIN)/python results/search/bench.py $(CELLS)
 
 clean:  ## Remove caches and what was built; .venv and results stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -137,6 +137,8 @@ class RunConfig(_Part):
         fuse: Layers that runtimes fuse (q, k, v; gate, up) share one action. Zeros
             without a pattern need no kernel: there false gives each its own.
         space: Rules in order; the last that matches a site decides.
+        prefilter: Leave choices out, before their variants are made, where another is
+            clearly smaller and clearly closer to the dense weight.
         bank: Whose compressed model gives the inputs that variants are made on:
             ``dense``, or ``uniform`` for the uniform policy nearest to the budget.
         objective: What is wanted.
@@ -150,6 +152,7 @@ class RunConfig(_Part):
     text: TextConfig = TextConfig()
     fuse: bool = True
     space: list[Rule] = Field(min_length=1)
+    prefilter: bool = False
     bank: Literal["dense", "uniform"] = "uniform"
     objective: ObjectiveConfig = ObjectiveConfig()
     search: SearchConfig

@@ -1,6 +1,12 @@
 """Evaluators that compute instead of measuring: for the search without a model."""
 
+import numpy as np
+
+from autoprune.searching.slopes import SiteSlopes
 from autoprune.searching.trial import Evaluator, Score
+
+WINDOW = 512
+"""Tokens of a window of ``SmoothEvaluator``."""
 
 
 class FormulaEvaluator(Evaluator):
@@ -14,3 +20,58 @@ class FormulaEvaluator(Evaluator):
 
     def slopes(self, policy, *, tokens, draws, turn):
         raise AssertionError("no strategy of these tests asks for slopes")
+
+
+class WindowEvaluator(FormulaEvaluator):
+    """Takes the KL of every window from a function, and notes what it was asked for."""
+
+    def __init__(self, formula):
+        super().__init__(formula)
+        self.asked = []
+
+    def measure(self, policy, windows=None):
+        self.asked.append(windows)
+        found = tuple(float(kl) for kl in self.formula(policy)[:windows])
+        return Score({"kl": float(np.mean(found))}, found)
+
+
+class SmoothEvaluator(Evaluator):
+    """A smooth KL of which the slopes are known; windows differ in what they weigh.
+
+    The KL of window j is ``w[j] @ d + (v @ d)**2 / 2`` with the damage d that each
+    site's choice does: so the slope of a change c of site s is ``(w[j] + (v @ d) v)[s]
+    * c``, and its second order ``v[s]**2 c**2 / 2``.
+    """
+
+    def __init__(self, problem, *, windows=8, seed=9):
+        rng = np.random.default_rng(seed)
+        self.problem = problem
+        count = len(problem.space.sites)
+        width = max(len(actions) for actions in problem.space.choices.values())
+        self.damage = ((np.arange(width) + 1) / width) ** 2
+        base = rng.lognormal(0, 1, count)
+        self.weights = base * rng.normal(1, 0.1, (windows, count))
+        self.curves = rng.normal(0, 0.5, count)
+        self.turns = []
+
+    def measure(self, policy, windows=None):
+        damage = self.damage[self.problem.space.index(policy)]
+        kl = self.weights @ damage + (self.curves @ damage) ** 2 / 2
+        found = tuple(kl[:windows].tolist())
+        return Score({"kl": float(np.mean(found))}, found)
+
+    def slopes(self, policy, *, tokens, draws, turn):
+        self.turns.append(turn)
+        now = self.damage[self.problem.space.index(policy)]
+        change = self.damage - now[:, None]
+        total, count = len(self.weights), tokens // WINDOW
+        windows = [(turn * count + i) % total for i in range(count)]
+        gradient = self.weights[windows] + (self.curves @ now) * self.curves
+        each = gradient[:, :, None] * change
+        curvature = (self.curves[:, None] * change) ** 2 / 2
+        return SiteSlopes(
+            each.mean(0).astype(np.float32),
+            (each.std(0, ddof=1) / count**0.5).astype(np.float32),
+            curvature.astype(np.float32) * (draws > 0),
+            tuple(windows),
+        )

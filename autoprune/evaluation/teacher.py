@@ -200,9 +200,11 @@ class Teacher:
         return torch.cat([of[self._ends[w] : self._ends[w + 1]] for w in windows])
 
     def _new_state(self, model: nn.Module) -> _HeadState:
-        head = self.task.head(model)
-        # A copy: a float32 head is the model's own weight, which policies write to.
-        head = replace(head, weight=head.weight.clone())
+        # Gradients are taken later of what a measurement saw first.
+        with torch.inference_mode(False):
+            head = self.task.head(model)
+            # A copy: a float32 head is the model's own weight, which policies write to.
+            head = replace(head, weight=head.weight.clone())
         return _HeadState(head, stamp_of(model), {})
 
     def _state_of(self, model: nn.Module) -> _HeadState:

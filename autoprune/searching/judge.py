@@ -70,14 +70,15 @@ class Judge:
             raise self._failed[-1]
 
     def measure(
-        self, asked: optuna.Trial, policy: Policy, last: int
+        self, asked: optuna.Trial, policy: Policy, wanted: int | None
     ) -> tuple[Score, Exception | None, bool]:
         """Measure a policy up the rungs.
 
         Args:
             asked: The running trial.
             policy: Its policy.
-            last: The rung at which to stop.
+            wanted: The rung that its strategy asks for: then all of its windows, as the
+                strategy compares by itself. None to climb while the pruner lets it.
 
         Returns:
             What it scored, the error if it failed, and True if it was measured on the
@@ -85,11 +86,12 @@ class Judge:
         """
         score, reported = Score({}), 0
         try:
-            for rung in range(last + 1):
-                whole = rung >= len(self._rungs) - 1
+            climb = range(len(self._rungs) or 1)
+            for rung in climb if wanted is None else (wanted,):
+                whole = rung == climb[-1]
                 count = None if whole else self._rungs[rung]
                 score = self._evaluator.measure(policy, count)
-                if whole or rung == last:
+                if whole or wanted is not None or not _is_finite(score):
                     break
                 told = score.windows, self.incumbent, reported
                 if gives_up(self._pruner, asked, *told):
@@ -109,7 +111,7 @@ class Judge:
         if error is not None:
             return "failed", ()
         values = self._objective.values(score.metrics)
-        if not all(math.isfinite(value) for value in score.metrics.values()):
+        if not _is_finite(score):
             told = [
                 value if math.isfinite(value) else self._worse_than_all(goal)
                 for goal, value in enumerate(values)
@@ -141,3 +143,8 @@ class Judge:
         seen = [sign * t.values[goal] for t in self._trials if t.state == "complete"]
         worst = max(seen) + max(1.0, abs(max(seen))) if seen else WORST
         return sign * worst
+
+
+def _is_finite(score: Score) -> bool:
+    """Tell whether a policy has not diverged on the windows that it was measured on."""
+    return all(math.isfinite(value) for value in score.metrics.values())

@@ -27,19 +27,16 @@ from autoprune.searching.formulate import (
     refusal,
 )
 from autoprune.searching.objective import Direction, Objective
+from autoprune.searching.prefilter import Filtered, cheap_scores, prefilter
 from autoprune.searching.problem import Problem, Proposal
 from autoprune.searching.rounds import narrowed
 from autoprune.searching.rungs import rungs_of
 from autoprune.searching.sensitivity import Sensitivities
-from autoprune.searching.strategies import SamplerFactory
+from autoprune.searching.strategies import DEFAULTS, SamplerFactory, strategy_of
 from autoprune.searching.trial import LocalEvaluator
 
 DEFAULT_REWARD = "logs"
 """Decides where no metric and no budget is named, and picks from a Pareto front."""
-
-
-DEFAULTS = ("gradient", "nsga2")
-"""The strategy for one goal within budgets, and that for all else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +54,7 @@ class Plan:
         reference: Whose compressed model gives the inputs of the variants; None for
             the dense model.
         bank: The variants that trials use.
+        filtered: What was left out before it was made; None if nothing was to be.
     """
 
     config: RunConfig
@@ -68,6 +66,7 @@ class Plan:
     proposals: tuple[Proposal, ...]
     reference: Policy | None
     bank: VariantBank
+    filtered: Filtered | None = None
 
     @classmethod
     def make(
@@ -98,6 +97,8 @@ class Plan:
         problem = formulate(bench, config.space, config.objective.budgets)
         found = plugins.notify("propose_policies", problem=problem)
         proposals = tuple(proposal for several in found for proposal in several)
+        filtered = _prefiltered(bench, problem, proposals) if config.prefilter else None
+        problem = filtered.problem if filtered else problem
         reference = _reference(config, problem, proposals)
         plan = cls(
             config,
@@ -109,6 +110,7 @@ class Plan:
             proposals,
             reference,
             bench.bank(reference),
+            filtered,
         )
         plan.check_store()
         strategy_of(config.search.sampler, plugins, plan.objective, problem)
@@ -227,6 +229,8 @@ class Plan:
             "bank": self.bank.name,
             "objective": config.objective.model_dump(mode="json"),
             "sampler": self.strategy.name,
+            "rungs": list(self.rungs),
+            "pruner": config.search.pruner if self.rungs else "none",
             "seed": config.search.seed,
             "export": config.export,
             "compute_dtype": str(bench.compute_dtype).removeprefix("torch."),
@@ -234,32 +238,13 @@ class Plan:
         }
 
 
-def strategy_of(
-    name: str | None, plugins: Plugins, objective: Objective, problem: Problem
-) -> SamplerFactory:
-    """Look up a strategy; None for the default.
-
-    Raises:
-        ConfigError: If it does not serve such an objective.
-    """
-    if name is None:
-        fits = objective.goals == (("kl", "minimize"),) and problem.budgets
-        name = DEFAULTS[0] if fits else DEFAULTS[1]
-    factory: SamplerFactory = plugins.get("samplers", name)
-    if not factory.several and not objective.single:
-        goals = " and ".join(goal for goal, _ in objective.goals)
-        known = plugins.objects["samplers"].values()
-        others = ", ".join(sorted(one.name for one in known if one.several))
-        raise ConfigError(
-            f"strategy {name!r} serves one goal, found {goals}. Name one goal and "
-            f"limit the other by a budget, or take one of {others}"
-        )
-    if factory.needs and not problem.budgets:
-        raise ConfigError(
-            f"strategy {name!r} solves for the best policy within budgets, and there "
-            "is none. Give one under objective, such as budgets: {size_bytes: 40%}"
-        )
-    return factory
+def _prefiltered(
+    bench: Workbench, problem: Problem, proposals: Sequence[Proposal]
+) -> Filtered:
+    """Leave dominated choices out, but for those of the policies to try first."""
+    keep = {action for _, policy in proposals for action in policy.values()}
+    scores = cheap_scores(bench.stitched, bench.actions, problem.space)
+    return prefilter(problem, scores, keep=keep)
 
 
 def _used(plan: Plan) -> Mapping[str, Any]:

@@ -4,15 +4,18 @@ All trials see the same windows in the same order, so two of them compare in pai
 difference of a window, not its own hardness, decides.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, SuccessiveHalvingPruner, WilcoxonPruner
 
 from autoprune.searching.objective import Objective
 from autoprune.searching.rows import Trial
+from autoprune.searching.strategies import notes_of
 
 Pruner = Literal["race", "halving", "wilcoxon", "none"]
 """What ends a trial at a rung: our race, or a pruner of Optuna's."""
@@ -45,7 +48,8 @@ def paired(new: Sequence[float], old: Sequence[float]) -> tuple[float, float]:
     if not count:
         return 0.0, np.inf
     gaps = np.asarray(new[:count]) - np.asarray(old[:count])
-    error = gaps.std(ddof=1) / count**0.5 if count > 1 else np.inf
+    with np.errstate(invalid="ignore"):  # where one diverged
+        error = gaps.std(ddof=1) / count**0.5 if count > 1 else np.inf
     return float(gaps.mean()), float(error)
 
 
@@ -76,7 +80,9 @@ def make_pruner(name: Pruner, rungs: Sequence[int]) -> BasePruner | None:
         factor = max(2, round((rungs[-1] / rungs[0]) ** (1 / max(1, len(rungs) - 1))))
         return SuccessiveHalvingPruner(min_resource=rungs[0], reduction_factor=factor)
     if name == "wilcoxon":
-        return WilcoxonPruner(p_threshold=0.1, n_startup_steps=2)
+        with warnings.catch_warnings():  # Optuna calls it experimental
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return WilcoxonPruner(p_threshold=0.1, n_startup_steps=2)
     return None
 
 
@@ -113,10 +119,13 @@ def gives_up(
 
 def intermediate(name: Pruner, trial: Trial, rungs: Sequence[int]) -> dict[int, float]:
     """Tell again what was told of a trial, when a study is rebuilt from the ledger."""
+    if "rung" in notes_of(trial):
+        return {}  # its strategy asked for this many windows: no pruner was
+    # What diverges at a rung is told of those before.
+    seen = len(trial.windows) - (trial.state == "diverged")
+    told = [count for count in rungs[:-1] if count <= seen]
     if name == "halving":
-        done = [count for count in rungs if count <= len(trial.windows)]
-        return {n: float(np.mean(trial.windows[:n])) for n in done[: len(rungs) - 1]}
+        return {count: float(np.mean(trial.windows[:count])) for count in told}
     if name == "wilcoxon":
-        known = [count for count in rungs[:-1] if count <= len(trial.windows)]
-        return dict(enumerate(trial.windows[: max(known, default=0)]))
+        return dict(enumerate(trial.windows[: max(told, default=0)]))
     return {}

@@ -13,10 +13,15 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from autoprune.errors import RunError
+from autoprune.errors import ConfigError, RunError
+from autoprune.plugins import Plugins
+from autoprune.searching.objective import Objective
 from autoprune.searching.problem import Problem
 from autoprune.searching.rows import Trial
 from autoprune.searching.slopes import SiteSlopes
+
+DEFAULTS = ("gradient", "nsga2")
+"""The strategy for one goal within budgets, and that for all else."""
 
 
 class ExhaustedError(RunError):
@@ -152,3 +157,31 @@ def notes_of(trial: Trial) -> dict[str, Any]:
     mark = PolicySampler.NOTES
     attrs = trial.system_attrs.items()
     return {n.removeprefix(mark): v for n, v in attrs if n.startswith(mark)}
+
+
+def strategy_of(
+    name: str | None, plugins: Plugins, objective: Objective, problem: Problem
+) -> SamplerFactory:
+    """Look up a strategy; None for the default.
+
+    Raises:
+        ConfigError: If it does not serve such an objective.
+    """
+    if name is None:
+        fits = objective.goals == (("kl", "minimize"),) and problem.budgets
+        name = DEFAULTS[0] if fits else DEFAULTS[1]
+    factory: SamplerFactory = plugins.get("samplers", name)
+    if not factory.several and not objective.single:
+        goals = " and ".join(goal for goal, _ in objective.goals)
+        known = plugins.objects["samplers"].values()
+        others = ", ".join(sorted(one.name for one in known if one.several))
+        raise ConfigError(
+            f"strategy {name!r} serves one goal, found {goals}. Name one goal and "
+            f"limit the other by a budget, or take one of {others}"
+        )
+    if factory.needs and not problem.budgets:
+        raise ConfigError(
+            f"strategy {name!r} solves for the best policy within budgets, and there "
+            "is none. Give one under objective, such as budgets: {size_bytes: 40%}"
+        )
+    return factory

@@ -177,8 +177,8 @@ class _Search:
         learned = time.monotonic()
         asked, policy = self._ask(proposal[1] if proposal else None)
         proposed = time.monotonic()
-        last = self._rung_of(asked)
-        score, error, whole = self.judge.measure(asked, policy, last)
+        wanted = self._rung_of(asked)
+        score, error, whole = self.judge.measure(asked, policy, wanted)
         evaluated = time.monotonic()
         state, values = self.judge.verdict(score, error, whole)
         limits = self._objective.limits if error is None else ()
@@ -234,18 +234,17 @@ class _Search:
             raise ExhaustedError(f"the only policy of the space is measured: {policy}")
         return asked, policy
 
-    def _rung_of(self, asked: optuna.Trial) -> int:
-        """Tell up to which rung a strategy wants its proposal measured."""
-        attrs = self._trial_attrs(asked.number)
-        wanted = int(attrs.get(PolicySampler.NOTES + "rung", -1))
-        return range(len(self._rungs) or 1)[wanted]
+    def _rung_of(self, asked: optuna.Trial) -> int | None:
+        """Tell on which rung a strategy wants its proposal; None if it does not say."""
+        wanted = self._trial_attrs(asked.number).get(PolicySampler.NOTES + "rung")
+        return None if wanted is None else range(len(self._rungs) or 1)[int(wanted)]
 
     def _wants_more(self, asked: optuna.Trial, policy: Policy) -> bool:
         """Tell whether a known policy is to be measured on more windows than before."""
-        if not self._rungs:
+        wanted = self._rung_of(asked)
+        if not self._rungs or wanted is None:
             return False
-        known = self._known[policy.fingerprint]
-        return known < self._rungs[self._rung_of(asked)]
+        return self._known[policy.fingerprint] < self._rungs[wanted]
 
     def _record(self, trial: Trial) -> None:
         """Write a trial, then tell it, then write what telling has changed."""

@@ -11,7 +11,11 @@ the cells that are there.
 import argparse
 import sys
 
+import ablations
+import bits
+import overhead
 import race
+import spearman
 from cells import run_cells
 from shown import show
 
@@ -20,8 +24,11 @@ def main() -> None:
     """Measure the cells that are missing, then show all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cells", nargs="*", help="only these; * matches anything")
-    wanted = parser.parse_args().cells
-    run_cells(race.cells(), wanted)
+    parser.add_argument("--show", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    if not arguments.show:
+        for topic in (race, overhead, spearman, bits, ablations):
+            run_cells(topic.cells(), arguments.cells)
     sys.stdout.write(show())
 
 

@@ -95,7 +95,7 @@ def exponent(spectrum: NDArray[np.float64]) -> float:
 def _spectrum(bench: Workbench, layer: Layer) -> NDArray[np.float64]:
     weight = bench.stitched.dense_weight(layer).float()
     values = torch.linalg.svdvals(weight).square()
-    return values.flip(0).double().numpy()
+    return np.sort(values.numpy().astype(np.float64))
 
 
 def _outlier_shares(bench: Workbench) -> NDArray[np.float64]:

@@ -64,6 +64,18 @@ def plain_gradients(dense, model, teacher, chosen):
     return found
 
 
+@pytest.mark.parametrize("case", ["plain", "tied"])
+def test_slopes_may_be_taken_of_a_head_that_a_measurement_saw_first(case):
+    kind, settings = KINDS[case]
+    model, teacher, variants = ready(kind, settings)
+    asked = [0, 1, 2, 3, 4]
+    before = measure_slopes(model, teacher, variants, asked)
+    model, teacher, variants = ready(kind, settings)
+    teacher.measure(model)
+    after = measure_slopes(model, teacher, variants, asked)
+    assert all(torch.equal(after[la].kl, before[la].kl) for la in variants)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_scores_foretell_the_second_order_change(kind):
     """At the dense model the KL has no first order, and half the mean square is it."""

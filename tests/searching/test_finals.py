@@ -1,7 +1,7 @@
 """The last choice among the best trials, on text that the search never saw."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,10 @@ from autoprune.plugins import load_plugins
 from autoprune.policy import Action, Policy
 from autoprune.searching.finals import (
     Candidate,
+    Finalist,
     best_so_far,
+    elect,
+    gains,
     rank,
     report,
     resolve_anew,
@@ -108,6 +111,12 @@ def test_the_last_error_is_told_where_no_trial_is_complete() -> None:
         take_candidates(trials[:1], KL, count=2)
 
 
+def test_candidates_know_what_they_scored_before() -> None:
+    trials = [trial(0, 1.0), trial(1, 2.0)]
+    found = take_candidates(trials, KL, count=2)
+    assert [one.fitness for one in found] == [one.metrics for one in trials]
+
+
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Plan:
     text = write_text(tmp_path_factory.mktemp("text"))
@@ -145,6 +154,70 @@ def test_candidates_are_ranked_by_what_they_cost_on_the_choice_split(
         assert finalist.reference is None
     upside_down = rank(plan.bench, plan.bank, candidates(plan), lambda m: -kl(m))
     assert [f.candidate.origin for f in upside_down] == origins[::-1]
+
+
+@pytest.fixture
+def finalist(plan: Plan) -> Callable[..., Finalist]:
+    """Makes finalists of given divergences on both splits."""
+
+    def finalist(name: str, fitness: float, choice: float) -> Finalist:
+        _, policy = plan.proposals[0]
+        candidate = Candidate(0, name, policy, {"kl": fitness})
+        return Finalist(candidate, plan.bank, False, Measured({"kl": choice}, None, {}))
+
+    return finalist
+
+
+def test_gains_are_told_on_both_splits(finalist: Callable[..., Finalist]) -> None:
+    rival, one = finalist("uniform rtn", 2.0, 1.5), finalist("gradient", 1.25, 1.25)
+    assert gains(one, rival, kl) == (0.75, 0.25)
+    assert gains(rival, one, kl) == (-0.75, -0.25)
+    assert gains(one, rival, lambda m: -2 * kl(m)) == (-1.5, -0.5)
+
+
+@pytest.mark.parametrize(
+    ("searched", "elected"),
+    [
+        ({"a": (1.0, 1.4), "b": (1.5, 1.5)}, "a"),  # keeps 0.6 of 1.0
+        ({"a": (1.0, 1.5), "b": (1.5, 1.6)}, "a"),  # just half
+        ({"a": (1.0, 1.6), "b": (1.6, 1.7)}, "b"),  # 0.4 of 1.0; 0.3 of 0.4
+        ({"a": (1.0, 1.6), "b": (1.0, 1.7)}, "uniform rtn"),
+        ({"a": (1.0, 2.5), "b": (1.0, 2.1)}, "uniform rtn"),  # the rival is the best
+        ({"a": (2.5, 1.9)}, "a"),  # behind on one split, and ahead on the other
+        ({}, "uniform rtn"),
+    ],
+    ids=["most", "half", "next", "none", "worse", "surprise", "alone"],
+)
+def test_who_keeps_less_than_half_of_its_gain_is_passed_over(
+    searched: dict[str, tuple[float, float]],
+    elected: str,
+    finalist: Callable[..., Finalist],
+) -> None:
+    """The plain rival stands at 2 on both splits."""
+    known = searched | {"uniform rtn": (2.0, 2.0), "uniform gptq": (2.0, 3.0)}
+    ranked = [finalist(name, *figures) for name, figures in known.items()]
+    ranked.sort(key=lambda one: kl(one.choice))
+    winner, rival = elect(ranked, kl)
+    assert winner.candidate.origin == elected
+    assert rival is not None and rival.candidate.origin == "uniform rtn"
+
+
+def test_without_a_rival_the_best_is_elected(
+    finalist: Callable[..., Finalist],
+) -> None:
+    ranked = [finalist("a", 1.0, 1.9), finalist("b", 0.1, 2.0)]
+    assert elect(ranked, kl) == (ranked[0], None)
+
+
+def test_a_finalist_knows_whose_inputs_it_was_made_on(plan: Plan) -> None:
+    (_, basis), *_ = plan.proposals
+    first, *_ = rank(plan.bench, plan.bank, candidates(plan), kl, basis=basis)
+    assert first.reference == basis
+    own = resolve_anew(plan.bench, first, lambda m: -kl(m))
+    other = resolve_anew(plan.bench, first, kl)
+    for one in (own, other):
+        expected = first.candidate.policy if one.resolved else basis
+        assert one.reference == expected
 
 
 def test_the_better_of_two_solutions_is_kept(plan: Plan) -> None:
