@@ -55,12 +55,12 @@ def to_dict(found: Solution) -> dict[str, Any]:
 
 def _limit(text: str) -> tuple[str, Limit]:
     name, equals, amount = (part.strip() for part in text.partition("="))
+    if not equals:
+        raise ConfigError(f"a budget is written METRIC=LIMIT, found {text!r}")
     try:
         limit = Limit.parse(amount)
     except ValueError as error:
         raise ConfigError(f"the budget {text!r}: {error}") from error
-    if not equals:
-        raise ConfigError(f"a budget is written METRIC=LIMIT, found {text!r}")
     if not limit.relative and 0 < limit.value < 1 and not name.endswith("sparsity"):
         limit = Limit(value=limit.value, relative=True)
     return name, limit

@@ -72,6 +72,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) ->
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def priced(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """A run folder with a finished search that measured sensitivities; read only."""
+    folder = tmp_path_factory.mktemp("priced")
+    search = {"sampler": "allocation", "trials": 4}
+    space = write_space(folder, tiny_checkpoint, search=search)
+    must("search", space, "--run", folder / "run")
+    return folder / "run"
+
+
 def fresh(*code: str) -> str:
     done = subprocess.run(
         [sys.executable, *code], capture_output=True, text=True, check=True
@@ -85,7 +95,7 @@ def test_help_imports_nothing_heavy() -> None:
         "from typer.testing import CliRunner\n"
         "from autoprune.cli import app\n"
         "for name in ('', 'search', 'status', 'evaluate', 'export', 'apply',"
-        " 'plugins', 'demo'):\n"
+        " 'solve', 'plugins', 'demo'):\n"
         "    asked = [*name.split(), '--help']\n"
         "    assert CliRunner().invoke(app, asked).exit_code == 0\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
@@ -199,6 +209,7 @@ def test_the_same_command_goes_on(space: Path) -> None:
         (["export", "nowhere"], "nowhere is no run folder"),
         (["plugins", "--plugin", "no.such"], "plugin 'no.such'"),
         (["evaluate", "nowhere"], "'nowhere'"),
+        (["solve", "nowhere", "--size", "40%"], "nowhere is no run folder"),
     ],
     ids=" ".join,
 )
@@ -221,6 +232,8 @@ def test_errors_are_a_message_and_exit_code_1(
         ["search", "quick", "--trials", "0"],
         ["export", "run", "--front", "--trial", "3"],
         ["apply", "policy.json"],
+        ["solve", "run"],
+        ["solve", "run", "--front", "1"],
     ],
     ids=" ".join,
 )
@@ -264,6 +277,78 @@ def test_evaluate_measures_model_and_policy(
     text = must("evaluate", tiny_checkpoint).stdout
     assert "perplexity" in text
     assert "dense" in text
+
+
+def test_solve_gives_a_policy_for_another_budget(
+    space: Path, priced: Path, tiny_checkpoint: Path
+) -> None:
+    dense = json.loads((priced / "finals.json").read_text())["dense"]["size_bytes"]
+    asked = ("solve", priced, "--size", "50%")
+    found = json.loads(must(*asked, "--json").stdout)
+    assert found.keys() == {"policy", "metrics", "cost", "model"}
+    assert found["metrics"]["size_bytes"] <= 0.5 * dense
+    assert found["model"] == "sensitivities, fitted to the trials"
+    result = must(*asked, "--out", "half.json")
+    assert "Solved, not measured" in result.stdout
+    assert "size_bytes" in result.stdout
+    record = json.loads(Path("half.json").read_text())
+    assert record["actions"] == found["policy"]["actions"]
+    assert record["solved"]["metrics"] == found["metrics"]
+    measured = must("evaluate", tiny_checkpoint, "--policy", "half.json", "--json")
+    size = json.loads(measured.stdout)["policy"]["size_bytes"]
+    assert size <= found["metrics"]["size_bytes"]
+
+
+def test_solve_takes_any_additive_budget_and_several(priced: Path) -> None:
+    budgets = ("--budget", "bits_per_weight=8", "--budget", "sparsity=0.1")
+    found = json.loads(must("solve", priced, *budgets, "--json").stdout)
+    assert found["metrics"]["bits_per_weight"] <= 8
+    assert found["metrics"]["sparsity"] >= 0.1
+    share = must("solve", priced, "--budget", "size_bytes=0.5", "--json").stdout
+    assert share == must("solve", priced, "--size", "50%", "--json").stdout
+
+
+def test_solve_gives_the_whole_front(priced: Path) -> None:
+    points = json.loads(must("solve", priced, "--front", "4", "--json").stdout)
+    assert 2 <= len(points) <= 4
+    sizes = [point["metrics"]["size_bytes"] for point in points]
+    costs = [point["cost"] for point in points]
+    assert sizes == sorted(sizes)
+    assert costs == sorted(costs, reverse=True)
+    said = must("solve", priced, "--front", "4").stdout
+    assert "Solved, not measured" in said
+    assert max(len(line.rstrip()) for line in said.splitlines()[:-1]) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "tiny"], "found 'tiny'"),
+        (["--size", "1%"], "no policy of the space meets the budget size_bytes <= "),
+        (["--budget", "size=40%"], "unknown additive metric 'size'"),
+        (["--budget", "kl=0.1"], "unknown additive metric 'kl'"),
+        (["--budget", "40%"], "a budget is written METRIC=LIMIT, found '40%'"),
+        (["--budget", "sparsity=99%"], "dense model's sparsity is 0"),
+        (["--size", "50%", "--out", "no/such/folder.json"], "cannot write no/such"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_solve_refuses_budgets_that_make_no_sense(
+    space: Path, priced: Path, arguments: list[str], message: str
+) -> None:
+    result = run("solve", priced, *arguments, "--json")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_solve_needs_a_run_that_measured_something(finished: Path) -> None:
+    result = run("solve", finished, "--size", "50%")
+    assert result.exit_code == 1
+    found = " ".join(result.stderr.split())
+    assert "has neither sensitivities nor slopes to solve with" in found
 
 
 def test_plugins_and_methods_are_listed(space: Path) -> None:

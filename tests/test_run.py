@@ -16,13 +16,14 @@ from transformers import PreTrainedTokenizerFast
 from autoprune.config import RunConfig
 from autoprune.errors import BudgetError, ConfigError, RunError
 from autoprune.plugins import load_plugins
-from autoprune.policy import Policy
+from autoprune.policy import Action, Policy
 from autoprune.reporting.observer import Observer
 from autoprune.run import SearchResult, find_space, search
 from autoprune.run import write_text as write_whole
 from autoprune.searching.plan import Plan
 from autoprune.searching.rows import Trial
 from autoprune.searching.runs import read_trials
+from autoprune.transfer import apply, evaluate
 
 METRICS = {
     "kl",
@@ -419,6 +420,186 @@ def test_variants_on_dense_inputs(
     plan = Plan.make(config, load_plugins())
     assert plan.reference is None
     assert plan.bank.reference == {}
+
+
+@pytest.fixture(scope="module")
+def rounds(tiny_checkpoint: Path, text: str) -> RunConfig:
+    """Two rounds: halves of the steps of sparsity come with the second."""
+    return config_of(
+        tiny_checkpoint,
+        text,
+        space=[{"actions": ["magnitude(sparsity=[0.3, 0.4, 0.5, 0.6])"]}],
+        objective={"budgets": {"sparsity": 0.4}},
+        search={"trials": 6, "finalists": 2, "rounds": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def rounds_ended(
+    tmp_path_factory: pytest.TempPathFactory, rounds: RunConfig
+) -> tuple[SearchResult, Listener]:
+    """A search of two rounds, and what was told of it; nobody changes its folder."""
+    listener = Listener()
+    run_dir = tmp_path_factory.mktemp("rounds") / "run"
+    return search(rounds, run_dir, observer=listener), listener
+
+
+def test_a_further_round_searches_near_the_best_of_the_first(
+    rounds_ended: tuple[SearchResult, Listener],
+) -> None:
+    result, listener = rounds_ended
+    run_dir = result.run_dir
+    assert "round 2: half the step, on new inputs" in listener.notes
+    assert (run_dir / "round-2/ledger.sqlite").is_file()
+    first, second = read_trials(run_dir), read_trials(run_dir / "round-2")
+    assert (len(first), len(second)) == (6, 6)
+    assert listener.trials == [*first, *second]
+    table = result.trials
+    assert table["round"].tolist() == [1] * 6 + [2] * 6
+    expected = [trial.policy.fingerprint for trial in listener.trials]
+    assert table["policy"].tolist() == expected
+    assert (table["sparsity"] >= 0.4).all()
+
+    best = min(first, key=lambda trial: trial.values[0])
+    assert (second[0].origin, second[0].policy) == ("incumbent", best.policy)
+    levels = set()
+    for trial in second:
+        for site in set(trial.policy) - {"embedding"}:
+            level, around = (level_of(p[site]) for p in (trial.policy, best.policy))
+            levels.add(level)
+            assert round(abs(level - around), 6) in (0, 0.05, 0.1)
+    assert levels & {0.35, 0.45, 0.55}
+
+
+def test_finalists_of_all_rounds_are_compared(
+    rounds_ended: tuple[SearchResult, Listener],
+) -> None:
+    result, _ = rounds_ended
+    finals = json.loads((result.run_dir / "finals.json").read_text())
+    ranked = [finalist["choice"]["kl"] for finalist in finals["finalists"]]
+    assert ranked == sorted(ranked)
+    assert len(ranked) >= 4
+    gains = finals["gain_over_rival"]
+    assert gains.keys() == {"fitness", "choice"}
+    assert gains["choice"] >= 0.5 * gains["fitness"]
+
+
+def level_of(action: Action) -> float:
+    level = dict(action.steps[0].params)["sparsity"]
+    assert isinstance(level, float)
+    return level
+
+
+def test_rounds_that_ended_add_nothing(
+    rounds: RunConfig, rounds_ended: tuple[SearchResult, Listener], tmp_path: Path
+) -> None:
+    whole, _ = rounds_ended
+    shutil.copytree(whole.run_dir, tmp_path / "run")
+    listener = Listener()
+    again = search(rounds, tmp_path / "run", observer=listener)
+    assert listener.trials == []
+    assert again.trials.equals(whole.trials)
+    assert again.policy == whole.policy
+    assert again.finals == whole.finals
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_rounds_are_stopped_and_gone_on_with(
+    count: int,
+    rounds: RunConfig,
+    rounds_ended: tuple[SearchResult, Listener],
+    tmp_path: Path,
+) -> None:
+    whole, _ = rounds_ended
+    stopped = search(rounds, tmp_path / "run", stop=after(count))
+    assert (stopped.ended, stopped.finals) == ("stopped", {})
+    assert len(stopped.trials) == count
+    assert stopped.policy is not None
+    assert (tmp_path / "run/round-2").exists() == (count > 6)
+    rest = search(rounds, tmp_path / "run")
+    assert rest.trials["policy"].tolist() == whole.trials["policy"].tolist()
+    assert rest.policy == whole.policy
+    assert rest.finals == whole.finals
+
+
+def test_a_round_needs_something_to_search_around(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        objective={"budgets": {"size_bytes": "40%", "perplexity": "1%"}},
+        search={"trials": 3, "finalists": 1, "rounds": 2},
+    )
+    with pytest.raises(RunError, match="no trial of round 1 kept every limit"):
+        search(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    ["gradient", "allocation", "evolution", "policy_gradient", "knobs"],
+)
+def test_a_strategy_of_one_goal_is_refused_for_a_front(
+    sampler: str, tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        objective={"pareto": ["kl", "size_bytes"]},
+        search={"trials": 2, "sampler": sampler},
+    )
+    message = f"strategy '{sampler}' serves one goal, found kl and size_bytes.*nsga2"
+    with pytest.raises(ConfigError, match=message):
+        search(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("sampler", ["gradient", "allocation", "knobs"])
+def test_a_strategy_that_solves_within_budgets_needs_one(
+    sampler: str, tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        objective={"metric": "kl"},
+        search={"trials": 2, "sampler": sampler},
+    )
+    message = f"strategy '{sampler}' solves .* within budgets, and there is none"
+    with pytest.raises(ConfigError, match=message):
+        search(config, tmp_path / "run")
+
+
+def test_a_policy_of_sites_that_are_not_fused_is_used_like_any_other(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    """What is found with ``fuse: false`` is applied without knowing of it."""
+    apart = [
+        {"actions": ["magnitude(sparsity=[0.3, 0.5])"]},
+        {"sites": "blocks.0.qkv.q_proj", "actions": ["magnitude(sparsity=0.2)"]},
+        {"sites": "blocks.0.qkv.k_proj", "actions": ["magnitude(sparsity=0.7)"]},
+    ]
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        space=apart,
+        objective={"metric": "kl"},
+        search={"trials": 3, "finalists": 1, "sampler": "random"},
+        fuse=False,
+    )
+    result = search(config, tmp_path / "run")
+    assert result.policy is not None
+    assert str(result.policy["blocks.0.qkv.q_proj"]) == "magnitude(sparsity=0.2)"
+    found = evaluate(
+        str(tiny_checkpoint), policy=tmp_path / "run/policy.json", text=config.text
+    )
+    assert found["policy"] == pytest.approx(result.finals["winner"]["report"])
+    applied = apply(
+        tmp_path / "run/policy.json",
+        model=str(tiny_checkpoint),
+        out=tmp_path / "out",
+        text=config.text,
+    )
+    assert applied.metrics["kl"] == pytest.approx(found["policy"]["kl"])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "bert"])

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from autoprune.errors import ConfigError, RunError, unknown_name
+from autoprune.errors import BudgetError, ConfigError, RunError, unknown_name
 from autoprune.evaluation.metric import Evidence
 from autoprune.evaluation.workbench import Workbench
 from autoprune.limits import Limit
 from autoprune.policy import Action, Layer, Site
-from autoprune.searching.budget import Budget, Prices
+from autoprune.searching.budget import Budget, Prices, prices_of
 from autoprune.searching.formulate import is_additive, prices_in
 from autoprune.searching.problem import Problem
 from autoprune.searching.space import SearchSpace
@@ -67,6 +67,7 @@ class FrozenProblem:
 
         Raises:
             ConfigError: If a metric is unknown, or limited relative to a dense 0.
+            BudgetError: If no policy of the space is within one of them.
         """
         budgets = []
         for name, limit in limits.items():
@@ -78,8 +79,24 @@ class FrozenProblem:
                     f"the budget of {name} is {limit}, but the dense model's {name} is "
                     "0; give an absolute limit"
                 )
-            budgets.append(Budget(name, slope * limit.absolute(dense) + offset))
+            total = slope * limit.absolute(dense) + offset
+            self._check_reach(name, total, limit.absolute(dense))
+            budgets.append(Budget(name, total))
         return Problem(self.problem.space, self.problem.prices, tuple(budgets))
+
+    def _check_reach(self, metric: str, total: float, asked: float) -> None:
+        """Refuse a budget that no policy meets, in the metric's own unit."""
+        prices = prices_of(metric, self.problem.prices)
+        lowest, _ = prices.reach(self.problem.space)
+        if lowest <= total:
+            return
+        dense, slope, _ = self.scales[metric]
+        raise BudgetError(
+            f"no policy of the space meets the budget {metric} "
+            f"{'<=' if slope > 0 else '>='} {asked:.6g}; the best that its actions "
+            f"reach is {self.value(metric, lowest):.6g} (dense: {dense:.6g}). Relax "
+            "the budget, or search a space with stronger actions"
+        )
 
     def value(self, metric: str, total: float) -> float:
         """Turn a sum of prices into the metric's value."""

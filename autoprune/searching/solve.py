@@ -76,9 +76,9 @@ def solve_front(run_dir: Path, metric: str, count: int) -> list[Solution]:
 
 
 def _model(run_dir: Path) -> tuple[FrozenProblem, Costs, str]:
-    frozen = FrozenProblem.read(run_dir)
     with Ledger.read(run_dir) as ledger:
         trials, slopes = ledger.trials(), ledger.slopes()
+    frozen = FrozenProblem.read(run_dir)
     if frozen.costs is not None:
         costs = np.maximum(frozen.costs, 0) * _multipliers(frozen, trials)[:, None]
         return frozen, costs, "sensitivities, fitted to the trials"

@@ -133,7 +133,7 @@ def test_error_is_a_failed_trial_and_the_third_in_a_row_is_raised(caplog):
             raise error
         return NOW
 
-    judge = judge_of(WindowEvaluator(formula))
+    judge = judge_of(WindowEvaluator(formula), rungs=())
     with caplog.at_level(logging.WARNING):
         for number in range(FAILURES + 2):
             score, error, whole = judge.measure(ask(), POLICY, None)
