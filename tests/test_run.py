@@ -453,11 +453,11 @@ def test_a_further_round_searches_near_the_best_of_the_first(
     assert (run_dir / "round-2/ledger.sqlite").is_file()
     first, second = read_trials(run_dir), read_trials(run_dir / "round-2")
     assert (len(first), len(second)) == (6, 6)
-    assert listener.trials == [*first, *second]
     table = result.trials
     assert table["round"].tolist() == [1] * 6 + [2] * 6
-    expected = [trial.policy.fingerprint for trial in listener.trials]
-    assert table["policy"].tolist() == expected
+    expected = [trial.policy for trial in [*first, *second]]
+    assert [trial.policy for trial in listener.trials] == expected
+    assert table["policy"].tolist() == [one.fingerprint for one in expected]
     assert (table["sparsity"] >= 0.4).all()
 
     best = min(first, key=lambda trial: trial.values[0])
@@ -600,6 +600,13 @@ def test_a_policy_of_sites_that_are_not_fused_is_used_like_any_other(
         text=config.text,
     )
     assert applied.metrics["kl"] == pytest.approx(found["policy"]["kl"])
+    about = json.loads((tmp_path / "out/policy.json").read_text())
+    assert about["actions"] == result.policy.to_dict()["actions"]
+    rows = {row["action"]: row for row in about["summary"]}
+    assert sum(row["layers"] for row in rows.values()) == 15
+    for share, numel in (("0.2", 64 * 64), ("0.7", 32 * 64)):
+        row = rows[f"magnitude(sparsity={share})"]
+        assert (row["sites"], row["layers"], row["weights"]) == (1, 1, numel)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "bert"])

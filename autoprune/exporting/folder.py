@@ -219,14 +219,18 @@ def _finite(data: Any) -> Any:
 def _summary(job: ExportJob, policy: Policy) -> list[dict[str, Any]]:
     """Count sites, layers and weights by action, the most weights first."""
     rows: dict[str, dict[str, Any]] = {}
+    actions = policy.per_layer(job.inventory.sites)
     for site in job.inventory.sites:
-        action = str(policy[site.name])
-        empty = {"action": action, "sites": 0, "layers": 0, "weights": 0, "bytes": 0}
-        row = rows.setdefault(action, empty)
-        row["sites"] += 1
-        row["layers"] += len(site.layers)
-        row["weights"] += site.numel
-        row["bytes"] += sum(job.storages[layer].nbytes for layer in site.layers)
+        # A policy may name the layers of a site one by one.
+        apart = [(layer,) for layer in site.layers]
+        for layers in [site.layers] if site.name in policy else apart:
+            action = str(actions[layers[0]])
+            empty = dict.fromkeys(("sites", "layers", "weights", "bytes"), 0)
+            row = rows.setdefault(action, {"action": action, **empty})
+            row["sites"] += 1
+            row["layers"] += len(layers)
+            row["weights"] += sum(layer.numel for layer in layers)
+            row["bytes"] += sum(job.storages[layer].nbytes for layer in layers)
     return sorted(rows.values(), key=lambda row: -row["weights"])
 
 

@@ -1,4 +1,4 @@
-"""Scores policies for the cells of the search benchmark, and remembers what they cost."""
+"""Scores policies for the cells of the search benchmark."""
 
 from collections.abc import Sequence
 

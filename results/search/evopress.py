@@ -1,7 +1,7 @@
 """EvoPress, the rival of the search benchmark: evolution from the uniform policy.
 
-Written from Sieberling et al., "EvoPress" (ICML 2025, arXiv:2410.14649), Algorithm 1 and
-Appendix: a (1 + lambda) evolution over one level a layer. A mutation switches levels,
+Written from Sieberling et al., "EvoPress" (ICML 2025, arXiv:2410.14649), Algorithm 1
+and appendix: a (1 + lambda) evolution over one level a layer. A mutation switches levels,
 one layer up and one down, so that the number of zeros never changes; how many switches
 is the smaller of two draws from 1 to 3. Offspring are selected in stages, each on a
 fresh minibatch that all of them share, each with more tokens and fewer survivors; the

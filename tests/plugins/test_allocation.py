@@ -2,13 +2,12 @@ import numpy as np
 import pytest
 from autoprune_plugins.allocation import register_samplers
 
-from autoprune.searching.refit import fit_multipliers
-
 from autoprune.errors import ConfigError
 from autoprune.policy import Action, Layer, Site
 from autoprune.searching.allocation import allocate
 from autoprune.searching.budget import Budget, Prices
 from autoprune.searching.problem import Problem
+from autoprune.searching.refit import fit_multipliers
 from autoprune.searching.rows import Trial
 from autoprune.searching.space import SearchSpace
 from autoprune.searching.strategies import Brief
