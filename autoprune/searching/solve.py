@@ -27,7 +27,7 @@ class Solution:
 
     Attributes:
         policy: The policy.
-        metrics: Its additive metrics, exact.
+        metrics: Its additive metrics; bytes to the few that a header may take.
         cost: What the additive model says of its KL; good for comparing solutions.
         model: What the model is made of.
     """
@@ -87,7 +87,8 @@ def _model(run_dir: Path) -> tuple[FrozenProblem, Costs, str]:
         return frozen, _prices_at(slopes[number]), f"slopes at trial {number}"
     raise RunError(
         f"{run_dir} has neither sensitivities nor slopes to solve with. Search with a "
-        "strategy that measures them: gradient, allocation or knobs"
+        "strategy that measures them (gradient, allocation, knobs), or longer: rivals "
+        "are tried first"
     )
 
 

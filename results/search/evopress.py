@@ -1,11 +1,11 @@
 """EvoPress, the rival of the search benchmark: evolution from the uniform policy.
 
 Written from Sieberling et al., "EvoPress" (ICML 2025, arXiv:2410.14649), Algorithm 1
-and appendix: a (1 + lambda) evolution over one level a layer. A mutation switches levels,
-one layer up and one down, so that the number of zeros never changes; how many switches
-is the smaller of two draws from 1 to 3. Offspring are selected in stages, each on a
-fresh minibatch that all of them share, each with more tokens and fewer survivors; the
-parent takes part in the last one.
+and appendix: a (1 + lambda) evolution over one level a layer. A mutation switches
+levels, one layer up and one down, so that the number of zeros never changes; how many
+switches is the smaller of two draws from 1 to 3. Offspring are selected in stages, each
+on a fresh minibatch that all of them share, each with more tokens and fewer survivors;
+the parent takes part in the last one.
 """
 
 import time
@@ -30,8 +30,9 @@ class Stage:
 
 OFFSPRING = 16
 STAGES = (Stage(1, 1), Stage(1, 4))
-"""The paper's super-fast form, 16 offspring, a short stage and one 16 times as long
-with the parent; here 512 and 2,048 tokens, for a CPU."""
+"""The paper's super-fast form, scaled down for a CPU: 16 offspring on one window of 256
+tokens, then the best of them and the parent on four. The paper has 512 and 8,192; its
+ablation of the first stage shows little loss down to 128."""
 
 
 @dataclass(frozen=True)
