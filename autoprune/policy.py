@@ -246,7 +246,8 @@ class Policy(Mapping[str, Action]):
                 named |= parts
             else:
                 missing.append(site.name)
-        extra = sorted(self.actions.keys() - named.values())
+        used = set(named.values())
+        extra = [name for name in self.actions if name not in used]
         if missing or extra:
             first = [f"first without an action: {name!r}" for name in missing[:1]]
             first += [f"first that the model lacks: {name!r}" for name in extra[:1]]

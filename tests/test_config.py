@@ -70,7 +70,7 @@ def test_changes_leave_the_data_alone() -> None:
         (
             {"search": {"trails": 3}},
             "unknown key 'trails'. Did you mean 'trials'? Known: budget, finalists, "
-            "sampler, seed, trials (in search)",
+            "pruner, rounds, rungs, sampler, seed, sensitivity, trials (in search)",
         ),
         (
             {"space": [{"site": "a", "actions": ["rtn"]}]},

@@ -1,14 +1,15 @@
-"""A policy is measured once, and its reward beside it."""
+"""A policy is measured once, window by window, and its reward beside it."""
 
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_runs import config_of, write_text
 
 from autoprune.plugins import load_plugins
 from autoprune.searching.plan import Plan
-from autoprune.searching.trial import Evaluator
+from autoprune.searching.trial import LocalEvaluator
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Pla
 
 def test_the_reward_stands_among_the_metrics(plan: Plan) -> None:
     policy = plan.proposals[0][1]
-    evaluate = Evaluator(plan.bench, plan.bank, reward=plan.reward)
-    metrics = evaluate(policy)
+    metrics = plan.evaluator().measure(policy).metrics
     expected = plan.bench.measure(policy, plan.bank, "fitness").metrics
     assert {name: metrics[name] for name in expected} == expected
     assert metrics["reward"] == pytest.approx(
@@ -30,27 +30,43 @@ def test_the_reward_stands_among_the_metrics(plan: Plan) -> None:
 
 
 def test_the_dense_model_has_no_reward_but_zero(plan: Plan) -> None:
-    evaluate = Evaluator(plan.bench, plan.bank, reward=plan.reward)
-    assert evaluate(plan.bench.dense_policy())["reward"] == 0.0
+    dense = plan.evaluator().measure(plan.bench.dense_policy())
+    assert dense.metrics["reward"] == 0.0
 
 
 def test_without_a_reward_there_is_none(plan: Plan) -> None:
-    evaluate = Evaluator(plan.bench, plan.bank)
-    assert evaluate(plan.proposals[0][1]).keys() == plan.bench.metrics.keys()
+    evaluator = LocalEvaluator(plan.bench, plan.bank, plan.problem.space)
+    metrics = evaluator.measure(plan.proposals[0][1]).metrics
+    assert metrics.keys() == plan.bench.metrics.keys()
 
 
-def test_a_policy_is_measured_once(plan: Plan) -> None:
-    evaluate = Evaluator(plan.bench, plan.bank)
-    policy, other = plan.proposals[0][1], plan.proposals[1][1]
-    first = evaluate.measure(policy)
-    assert evaluate.measure(other) is not first
-    assert evaluate.measure(policy) is first
-    assert first.quality is not None
+def test_windows_that_are_known_are_not_measured_again(plan: Plan) -> None:
+    evaluator, policy = plan.evaluator(), plan.proposals[0][1]
+    first = evaluator.measure(policy, 1)
+    assert len(first.windows) == 1 and first.metrics["kl"] == first.windows[0]
+    whole = evaluator.measure(policy)
+    assert whole.windows[0] == first.windows[0] and len(whole.windows) == 2
+    assert whole.metrics["kl"] == pytest.approx(np.mean(whole.windows))
+    again = evaluator.measure(policy)
+    assert again.windows == whole.windows and again.metrics == whole.metrics
+    fresh = plan.evaluator().measure(policy)
+    assert fresh.metrics["kl"] == pytest.approx(whole.metrics["kl"], rel=1e-5)
 
 
-def test_every_split_has_figures_of_its_own(plan: Plan) -> None:
-    policy = plan.proposals[0][1]
-    fitness = Evaluator(plan.bench, plan.bank)(policy)
-    choice = Evaluator(plan.bench, plan.bank, split="choice")(policy)
-    assert fitness["kl"] != choice["kl"]
-    assert fitness["size_bytes"] == choice["size_bytes"]
+def test_slopes_are_taken_on_other_windows_each_time(plan: Plan) -> None:
+    evaluator, policy = plan.evaluator(), plan.proposals[0][1]
+    windows = [
+        evaluator.slopes(policy, tokens=32, draws=1, turn=turn).windows
+        for turn in range(3)
+    ]
+    assert windows == [(0,), (1,), (0,)]
+    found = evaluator.slopes(policy, tokens=64, draws=2, turn=0)
+    now = plan.problem.space.index(policy)
+    rows = np.arange(len(now))
+    assert found.windows == (0, 1)
+    assert not found.slope[rows, now].any() and not found.curvature[rows, now].any()
+    free = [
+        len(plan.problem.space.choices[s.name]) > 1 for s in plan.problem.space.sites
+    ]
+    assert (np.where(np.isfinite(found.curvature), found.curvature, 0) >= 0).all()
+    assert np.abs(np.where(np.isfinite(found.slope), found.slope, 0)).max(1)[free].all()
