@@ -105,7 +105,8 @@ def test_the_winner_is_exported_packed(
     assert record["figures"] == winner["figures"]
     assert record["sizes"]["packed"]["compressed"] == report.size_bytes
     card = (report.folder / "README.md").read_text()
-    assert f"{record['figures']['compressed']['perplexity']:.1f}" in card
+    shown = f"{record['figures']['compressed']['perplexity']:.4g}"
+    assert f" {shown} " in card
     with pytest.raises(ExportError, match="won exists already"):
         export(run.run_dir, out=tmp_path / "won")
 
