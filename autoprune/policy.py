@@ -211,8 +211,8 @@ class Policy(Mapping[str, Action]):
         if not isinstance(data, Mapping) or "actions" not in data:
             raise PolicyError("not a policy: it has no 'actions'. Expected policy.json")
         if not isinstance(found := data["actions"], Mapping):
-            what = "'actions' gives an action for every site"
-            raise PolicyError(f"not a policy: {what}, found {found!r}")
+            text = f"'actions' gives an action for every site, found {found!r}"
+            raise PolicyError(f"not a policy: {text}")
         version = data.get("format", POLICY_FORMAT)
         if type(version) is not int or not 1 <= version <= POLICY_FORMAT:
             raise PolicyError(
@@ -237,7 +237,7 @@ class Policy(Mapping[str, Action]):
             PolicyError: If the policy and the sites do not name the same places.
         """
         named: dict[Layer, str] = {}
-        missing = []
+        missing: list[str] = []
         for site in sites:
             parts = {layer: site.part(layer) for layer in site.layers}
             if site.name in self.actions:

@@ -92,7 +92,7 @@ class SamplerFactory:
     changes: int | None = None
     needs: frozenset[str] = frozenset()
     several: bool = True
-    slope_tokens: int = 1024
+    slope_tokens: int = 2048
     draws: int = 1
 
 

@@ -119,6 +119,7 @@ def ours(target: float, seed: int, **search: Any) -> dict[str, Any]:
         "target": target,
         "seed": seed,
         "ended": ended,
+        "slope_tokens": plan.strategy.slope_tokens,
         "accepted": held,
         "columns": ["cpu_s", "kl", "state", "choice_kl", "windows"],
         "curve": curve,
