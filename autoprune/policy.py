@@ -20,7 +20,6 @@ Value = int | float | bool | str
 
 POLICY_FORMAT = 1  # of the policy file; a reader refuses a newer one
 SCHEDULES = ("one-shot",)
-
 _STEP = re.compile(r"\s*([a-z][\w-]*)\s*(?:\(([^()]*)\))?\s*")
 _LIST = re.compile(r"\[([^\[\]]*)\]")
 _WORD = re.compile(r"[\w.:%+-]+")
@@ -74,7 +73,7 @@ class Site:
     @property
     def numel(self) -> int:
         """Number of weights in all layers."""
-        return sum(layer.numel for layer in self.layers)
+        return sum(one.numel for one in self.layers)
 
     def part(self, layer: Layer) -> str:
         """Name the site that one of the layers has alone where none are fused."""
@@ -211,8 +210,8 @@ class Policy(Mapping[str, Action]):
         if not isinstance(data, Mapping) or "actions" not in data:
             raise PolicyError("not a policy: it has no 'actions'. Expected policy.json")
         if not isinstance(found := data["actions"], Mapping):
-            text = f"'actions' gives an action for every site, found {found!r}"
-            raise PolicyError(f"not a policy: {text}")
+            wrong = f"'actions' gives an action for every site, found {found!r}"
+            raise PolicyError(f"not a policy: {wrong}")
         version = data.get("format", POLICY_FORMAT)
         if type(version) is not int or not 1 <= version <= POLICY_FORMAT:
             raise PolicyError(
@@ -249,8 +248,8 @@ class Policy(Mapping[str, Action]):
         used = set(named.values())
         extra = [name for name in self.actions if name not in used]
         if missing or extra:
-            first = [f"first without an action: {name!r}" for name in missing[:1]]
-            first += [f"first that the model lacks: {name!r}" for name in extra[:1]]
+            first = [f"first without an action: {missing[0]!r}"] if missing else []
+            first += [f"first that the model lacks: {n!r}" for n in extra[:1]]
             raise PolicyError(
                 f"policy covers {len(sites) - len(missing)} of {len(sites)} sites and "
                 f"names {len(extra)} others; {'; '.join(first)}. Give every site an "
