@@ -183,7 +183,7 @@ def test_the_front_rises_in_size_and_falls_in_cost(
 
 def test_nothing_to_solve_with(problem: Problem, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", problem)
-    message = "has neither sensitivities nor slopes .* \(gradient, allocation, knobs\)"
+    message = r"has neither sensitivities nor slopes .* \(gradient, allocation, knobs\)"
     for ask in (
         lambda: solve(run, limits(size_bytes="50%")),
         lambda: solve_front(run, "size_bytes", 4),
