@@ -93,8 +93,8 @@ class SearchConfig(_Part):
     """How the space is explored, and for how long.
 
     Attributes:
-        sampler: Name of a strategy; by default the one that won our benchmark:
-            ``gradient`` for one goal within budgets, else ``nsga2``.
+        sampler: Name of a strategy; by default ``gradient`` for the KL within budgets,
+            else ``nsga2``.
         trials: Most trials of a round, resumed ones included.
         budget: Most time in seconds, written such as ``8h``.
         seed: Of everything random.

@@ -29,7 +29,7 @@ from autoprune.searching.strategies import (
 NAME = "gradient"
 
 FIRST = 0.3
-"""Share of the sites that the first step may change (of 210 sites, 60 do best)."""
+"""Share of the sites that the first step may change: some 60 of 210."""
 
 GROWS, SHRINKS = 1.5, 0.5
 """What becomes of that share when a step is accepted, and when it is refused."""
@@ -47,7 +47,7 @@ REMEMBERED = 4
 """Incumbents whose slopes are averaged."""
 
 PATIENCE = 12
-"""Steps refused in a row after which there is nothing left to gain (measured)."""
+"""Steps refused in a row after which the search ends: it is not worth going on."""
 
 
 class Gradient(PolicySampler):
