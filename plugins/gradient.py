@@ -46,6 +46,12 @@ FADES = 0.5
 REMEMBERED = 4
 """Incumbents whose slopes are averaged."""
 
+EXPECTED = 0.5
+"""Weight of the curvature before steps have told: a first step is better bold."""
+
+WEIGHTS = (0.25, 4.0)
+"""Least and most weight of the curvature."""
+
 PATIENCE = 12
 """Steps refused in a row after which the search ends: it is not worth going on."""
 
@@ -125,8 +131,8 @@ class Gradient(PolicySampler):
     def _weight(self) -> float:
         """Fit how much of the curvature the steps so far have really met.
 
-        Least squares of (change - linear) on the diagonal term, drawn to 1 as by one
-        step more; changes of other sites add to or take from a change's own term.
+        Least squares of (change - linear) on the diagonal term, drawn to ``EXPECTED``
+        as by one step more; changes of other sites add to or take from its own term.
         """
         above = below = 0.0
         for trial in self._steps():
@@ -138,7 +144,7 @@ class Gradient(PolicySampler):
                 above += curved * (gap - notes["linear"])
                 below += curved**2
         prior = below / max(1, len(self._steps())) or 1.0
-        return float(np.clip((above + prior) / (below + prior), 0.25, 4.0))
+        return float(np.clip((above + EXPECTED * prior) / (below + prior), *WEIGHTS))
 
 
 @hookimpl

@@ -22,8 +22,8 @@ from autoprune.models.task import output_layer
 from autoprune.models.weights import find_weight, parameter_of, view_of_layer
 from autoprune.policy import Layer
 
-GROUP = 4
-"""Windows that pass at a time: what a backward pass has to hold grows with them."""
+GROUP = 2048
+"""Tokens that pass at a time: what a backward pass has to hold grows with them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +35,12 @@ class LayerSlopes:
         score: Change of each window's log-likelihood of drawn labels, to first order,
             over the square root of its positions; no rows where none were drawn. Half
             its mean square estimates the second-order change of the KL.
+        positions: Mean number of scored positions of a window.
     """
 
     kl: Float[Tensor, "windows variants"]
     score: Float[Tensor, "draws variants"]
+    positions: float = 1.0
 
 
 def measure_slopes(
@@ -65,12 +67,15 @@ def measure_slopes(
     """
     generator = torch.Generator().manual_seed(seed)
     pricing = _Pricing(model, variants)
+    # What is priced by its parameter's gradient has one figure for all that pass.
+    whole = all(pricing.module_of(layer) for layer in variants)
+    group = max(1, GROUP // teacher.windows.ids.shape[1]) if whole else 1
     with pricing.listening(), torch.enable_grad():
-        for at in range(0, len(windows), GROUP):
-            part = list(windows[at : at + GROUP])
+        for at in range(0, len(windows), group):
+            part = list(windows[at : at + group])
             batch = teacher.batch_of(part)
             features = teacher.task.features(model, batch)
-            pricing.counts = batch.scored.sum(1)
+            pricing.pass_windows(batch.scored.sum(1))
             pull, of_head = teacher.pull(
                 model, features, part, head=bool(pricing.of_head)
             )
@@ -103,7 +108,8 @@ class _Pricing:
 
     Linear layers are priced window by window, from what they read and the gradient of
     what they gave. Others (embeddings, experts, transposed weights) are priced by
-    their parameter's gradient, one figure for all windows that pass together.
+    their parameter's gradient, one figure for all windows that pass together; so where
+    there are such, windows pass one by one.
 
     Attributes:
         counts: Scored positions of each window that is passing.
@@ -114,13 +120,21 @@ class _Pricing:
         self, model: nn.Module, variants: Mapping[Layer, Sequence[Tensor]]
     ) -> None:
         self.counts = torch.ones(1)
+        self._seen: list[Tensor] = []
         self._model = model
         self._variants = variants
+        named = model.named_modules()
+        self._linear = {name: m for name, m in named if isinstance(m, nn.Linear)}
         self._score = False
         self._kl: dict[Layer, list[Tensor]] = {layer: [] for layer in variants}
         self._draws: dict[Layer, list[Tensor]] = {layer: [] for layer in variants}
         head = output_layer(model).weight
         self.of_head = [la for la in variants if self._parameter(la) is head]
+
+    def pass_windows(self, counts: Tensor) -> None:
+        """Take note of the scored positions of the windows that pass next."""
+        self.counts = counts
+        self._seen.append(counts)
 
     def backward(
         self, features: Tensor, gradient: Tensor, *, keep: bool, score: bool = False
@@ -139,11 +153,13 @@ class _Pricing:
     def result(self) -> dict[Layer, LayerSlopes]:
         """Give all rows so far."""
         found = {}
+        positions = float(torch.cat(self._seen).float().mean()) if self._seen else 1.0
         for layer, variants in self._variants.items():
             none = torch.empty(0, len(variants))
             kl, draws = self._kl[layer], self._draws[layer]
             score = torch.stack(draws) if draws else none
-            found[layer] = LayerSlopes(torch.stack(kl) if kl else none, score)
+            slopes = torch.stack(kl) if kl else none
+            found[layer] = LayerSlopes(slopes, score, positions)
         return found
 
     @contextmanager
@@ -152,9 +168,7 @@ class _Pricing:
         by_parameter: dict[nn.Parameter, list[Layer]] = {}
         with ExitStack() as undo:
             for layer in self._variants:
-                module = None
-                if layer.name in self._modules and layer not in self.of_head:
-                    module = self._modules[layer.name]
+                module = self.module_of(layer)
                 if module is None:
                     by_parameter.setdefault(self._parameter(layer), []).append(layer)
                     continue
@@ -169,11 +183,11 @@ class _Pricing:
                 undo.callback(handle.remove)
             yield
 
-    @property
-    def _modules(self) -> dict[str, nn.Module]:
-        """The linear modules, whose weights are read as they stand, ``[out, in]``."""
-        named = self._model.named_modules()
-        return {name: one for name, one in named if isinstance(one, nn.Linear)}
+    def module_of(self, layer: Layer) -> nn.Linear | None:
+        """Give the linear module whose weight is the layer's as it stands; else None."""
+        if layer in self.of_head:
+            return None
+        return self._linear.get(layer.name)
 
     def _parameter(self, layer: Layer) -> nn.Parameter:
         return self._model.get_parameter(parameter_of(layer.name))

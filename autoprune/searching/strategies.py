@@ -82,8 +82,12 @@ class SamplerFactory:
         needs: What has to be measured for it: ``sensitivities`` before the first trial,
             ``slopes`` at every incumbent.
         several: Whether it serves several objectives.
-        slope_tokens: Tokens that the gradient at an incumbent is taken on.
-        draws: How often labels are drawn there for the curvature; 0 for none.
+        slope_tokens: Tokens that the gradient at the first incumbent is taken on.
+        slope_growth: Factor on them from one incumbent to the next: the first steps are
+            large, and few tokens show the way; later ones are told from noise by more.
+        most_slope_tokens: Where that growth ends.
+        draws: How often labels are drawn there for the curvature; 0 takes it from the
+            spread of the gradient over windows, which costs nothing.
     """
 
     name: str
@@ -92,8 +96,15 @@ class SamplerFactory:
     changes: int | None = None
     needs: frozenset[str] = frozenset()
     several: bool = True
-    slope_tokens: int = 2048
-    draws: int = 1
+    slope_tokens: int = 1024
+    slope_growth: float = 1.5
+    most_slope_tokens: int = 4096
+    draws: int = 0
+
+    def tokens_at(self, turn: int) -> int:
+        """Give the tokens of a gradient, by how many were taken before."""
+        grown = self.slope_tokens * self.slope_growth**turn
+        return round(min(grown, max(self.slope_tokens, self.most_slope_tokens)))
 
 
 class PolicySampler(BaseSampler):

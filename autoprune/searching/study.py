@@ -217,7 +217,7 @@ class _Search:
             return
         slopes = self._evaluator.slopes(
             best.policy,
-            tokens=self._factory.slope_tokens,
+            tokens=self._factory.tokens_at(len(self._slopes)),
             draws=self._factory.draws,
             turn=len(self._slopes),
         )

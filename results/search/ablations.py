@@ -16,20 +16,14 @@ import numpy as np
 from arena import Arena
 from autoprune_plugins.allocation import AllocationSampler
 from cells import read_cells
-from jaxtyping import Float
-from race import RUNGS, TRIALS, Clock, ours, ready, resolved
-from setting import open_plan, uniform
+from race import RUNGS, TRIALS, ours
+from searched import afresh, judged, ready, resolved, search
+from setting import open_plan
 
-from autoprune.compression.store import VariantStore
 from autoprune.evaluation.sensitivity import replacement_costs
 from autoprune.policy import Action, Layer
-from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
-from autoprune.searching.rows import Trial
-from autoprune.searching.rungs import incumbents
-from autoprune.searching.sensitivity import Sensitivities
 from autoprune.searching.strategies import Brief, SamplerFactory
-from autoprune.searching.study import run_study
 
 TARGET, SEED = 0.7, 0
 
@@ -42,67 +36,12 @@ PAIRS = 40
 PAIR_WINDOWS = 8
 
 
-def search(
-    plan: Plan,
-    factory: SamplerFactory,
-    cpu_s: float,
-    *,
-    rungs: tuple[int, ...],
-    trials: int | None = None,
-    sensitivities: Float[np.ndarray, "sites choices"] | None = None,
+def searched(
+    plan: Plan, factory: SamplerFactory, cpu_s: float, **how: Any
 ) -> dict[str, Any]:
-    """Search from the uniform policy for some CPU seconds.
-
-    Args:
-        plan: The plan, ready.
-        factory: The strategy.
-        cpu_s: No trial begins after so many, but for the first proposal.
-        rungs: Windows at which a trial may end.
-        trials: Most trials; None for no end.
-        sensitivities: What choices cost by themselves; their making is not timed here.
-    """
-    arena, clock = Arena(plan), Clock()
-    curve: list[list[Any]] = []
-
-    def on_trial(trial: Trial) -> None:
-        value = trial.values[0] if trial.values else None
-        curve.append([clock.seconds(), value, trial.state, len(trial.windows)])
-
-    with tempfile.TemporaryDirectory() as folder:
-        with Ledger.open(Path(folder), {}) as ledger:
-            ended = run_study(
-                plan.problem,
-                plan.evaluator(),
-                ledger=ledger,
-                sampler=factory,
-                objective=plan.objective,
-                seed=SEED,
-                rungs=rungs,
-                sensitivities=sensitivities,
-                trials=trials,
-                proposals=[("uniform", uniform(plan, TARGET))],
-                on_trial=on_trial,
-                stop=lambda: len(curve) > 1 and clock.seconds() >= cpu_s,
-            )
-            found = ledger.trials()
-    spent = clock.seconds()
-    held = incumbents(found, plan.objective)
-    best = found[held[-1]]
-    return {
-        "strategy": factory.name,
-        "target": TARGET,
-        "seed": SEED,
-        "ended": ended,
-        "trials": len(found),
-        "accepted": held,
-        "columns": ["cpu_s", "kl", "state", "windows"],
-        "curve": curve,
-        "search_cpu_s": spent,
-        "kl": best.values[0],
-        "choice_kl": arena.kl(best.policy, split="choice"),
-        "start_choice_kl": arena.kl(uniform(plan, TARGET), split="choice"),
-        "policy": arena.levels(best.policy).tolist(),
-    }
+    """Search at 70 % zeros for some CPU seconds."""
+    found, policies = search(plan, factory, TARGET, seed=SEED, cpu_s=cpu_s, **how)
+    return found | judged(Arena(plan), *policies, whole=False)
 
 
 def without_rungs() -> dict[str, Any]:
@@ -110,7 +49,7 @@ def without_rungs() -> dict[str, Any]:
     spent = _default()["search_cpu_s"]
     plan = open_plan(TARGET, seed=SEED)
     ready(plan)
-    return search(plan, plan.strategy, spent, rungs=(), trials=TRIALS)
+    return searched(plan, plan.strategy, spent, rungs=(), trials=TRIALS)
 
 
 def without_curvature() -> dict[str, Any]:
@@ -119,7 +58,7 @@ def without_curvature() -> dict[str, Any]:
     plan = open_plan(TARGET, rungs=list(RUNGS), seed=SEED)
     ready(plan)
     bare = replace(plan.strategy, draws=0)
-    return search(plan, bare, spent, rungs=plan.rungs, trials=TRIALS)
+    return searched(plan, bare, spent, trials=TRIALS)
 
 
 def tpe() -> dict[str, Any]:
@@ -127,7 +66,7 @@ def tpe() -> dict[str, Any]:
     spent = _default()["search_cpu_s"]
     plan = open_plan(TARGET, rungs=list(RUNGS), seed=SEED, sampler="tpe")
     ready(plan)
-    return search(plan, plan.strategy, spent, rungs=plan.rungs)
+    return searched(plan, plan.strategy, spent)
 
 
 def allocation(refit: bool) -> dict[str, Any]:
@@ -138,12 +77,10 @@ def allocation(refit: bool) -> dict[str, Any]:
     kind = plan.config.search.sensitivity
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        costs = _afresh(plan, Path(folder)).costs(kind)
+        costs = afresh(plan, Path(folder)).costs(kind)
     prepared = time.process_time() - began
     factory = plan.strategy if refit else replace(plan.strategy, make=_without_refit)
-    found = search(
-        plan, factory, spent - prepared, rungs=plan.rungs, sensitivities=costs
-    )
+    found = searched(plan, factory, spent - prepared, sensitivities=costs)
     return {"refit": refit, "sensitivity": kind, "prepare_cpu_s": prepared} | found
 
 
@@ -221,13 +158,6 @@ def _without_refit(brief: Brief) -> AllocationSampler:
     """
     history = [replace(trial, state="pruned") for trial in brief.history]
     return AllocationSampler(replace(brief, history=history))
-
-
-def _afresh(plan: Plan, cache: Path) -> Sensitivities:
-    """Give sensitivities that read nothing which an earlier run has left."""
-    store = VariantStore(cache / "variants", plan.bench.store.cap_bytes)
-    bench = replace(plan.bench, store=store)
-    return Sensitivities(bench, plan.bank, plan.problem.space)
 
 
 def _plain_costs(

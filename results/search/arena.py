@@ -58,5 +58,6 @@ class Arena:
     ) -> float:
         """Measure the divergence of a policy."""
         bench = self.plan.bench
+        teacher = bench.teacher(split)  # of the dense model, which a policy replaces
         (bank or self.plan.bank).put(bench.per_layer(policy))
-        return bench.teacher(split).measure(bench.stitched.model, windows).mean_kl
+        return teacher.measure(bench.stitched.model, windows).mean_kl

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, read_cells
-from race import RUNGS, ready
+from race import RUNGS
 from rivals import autoquantize_costs, autoscheme_costs
+from searched import ready
 from setting import open_space
 
 from autoprune.config import RunConfig

@@ -1,132 +1,87 @@
 """The race at 50, 60 and 70 % zeros: AutoPrune's default strategy and EvoPress.
 
 Both search among the same variants (nine levels for each of 210 layers, made on inputs
-propagated at the target), with the same 24 windows of 256 tokens of fitness. EvoPress
+propagated at the target), with the same 16 windows of 256 tokens of fitness. EvoPress
 also runs with its own bank: dense inputs, its own levels.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from arena import Arena
+from cells import read_cells
 from evopress import OFFSPRING, STAGES, evolve
+from heuristics import alpha_pruning, owl
+from searched import Clock, afresh, judged, ready, resolved, search
 from setting import REACH, TARGETS, open_own, open_plan, uniform
 
 from autoprune.compression.store import VariantStore
-from autoprune.policy import Policy
-from autoprune.searching.ledger import Ledger
-from autoprune.searching.plan import Plan
-from autoprune.searching.rows import Trial
-from autoprune.searching.rungs import incumbents
-from autoprune.searching.study import run_study
+from autoprune.plugins import load_plugins
+from autoprune.searching.allocation import allocate
 
 SEEDS = (0, 1, 2)
-GENERATIONS = 25
-"""Of EvoPress: 450 evaluations, 154 k tokens."""
+GENERATIONS = 30
+"""Of EvoPress: 540 evaluations, 184 k tokens."""
+
+NOTED = 5
+"""Every so many of them the parent is measured on the whole fitness split, aside."""
 
 TRIALS = 24
 """Most trials of our strategy."""
 
+RESOLVED_SEED = SEEDS[0]
+"""Of the searches whose winner is solved anew and measured on new text."""
+
 RUNGS = (2048,)
 
-
-class Clock:
-    """CPU seconds of a search, without those of the bookkeeping beside it."""
-
-    def __init__(self) -> None:
-        self._began = time.process_time()
-        self._left_out = 0.0
-
-    def seconds(self) -> float:
-        """Give the seconds so far."""
-        return time.process_time() - self._began - self._left_out
-
-    def aside(self, measure: Callable[[], Any]) -> Any:
-        """Do something whose time does not count."""
-        began = time.process_time()
-        found = measure()
-        self._left_out += time.process_time() - began
-        return found
+FORMULAS = {"owl": owl, "alpha-pruning": alpha_pruning}
 
 
-def ready(plan: Plan) -> Arena:
-    """Make the variants and load them, so that searches pay for neither."""
-    plan.bank.make(plan.pairs)
-    for pair in plan.pairs:
-        plan.bank.weight(*pair)
-    for split in ("fitness", "choice", "report"):
-        plan.bench.teacher(split)
-    return Arena(plan)
+@lru_cache(maxsize=1)
+def arena_at(target: float) -> Arena:
+    """Give the variants of a target, loaded; kept for the next cell of this process."""
+    return ready(open_plan(target, rungs=list(RUNGS)))
 
 
-def resolved(plan: Plan, policy: Policy) -> dict[str, Any]:
-    """Solve a policy block by block on its own inputs, and measure it on new text."""
-    bench, began = plan.bench, time.process_time()
-    bank = bench.bank(policy)
-    with tempfile.TemporaryDirectory() as folder:  # empty: all is made now
-        bank.store = VariantStore(Path(folder), 10**11)
-        bank.make(bench.per_layer(policy).items())
-        spent = time.process_time() - began
-        found = bench.measure(policy, bank, "report")
-    assert found.quality is not None
-    return {
-        "resolve_cpu_s": spent,
-        "report_perplexity": found.metrics["perplexity"],
-        "report_kl": found.metrics["kl"],
-        "report_kl_error": found.quality.kl_error(),
-        "sparsity": found.metrics["sparsity"],
-        "dense_perplexity": bench.teacher("report").dense.perplexity,
-    }
-
-
-def ours(target: float, seed: int, **search: Any) -> dict[str, Any]:
+def ours(target: float, seed: int) -> dict[str, Any]:
     """Run the default strategy from the uniform policy."""
-    plan = open_plan(target, rungs=list(RUNGS), seed=seed, **search)
-    arena, curve = ready(plan), []
-    clock = Clock()
+    arena = arena_at(target)
+    plan = arena.plan
+    found, policies = search(plan, plan.strategy, target, seed=seed, trials=TRIALS)
+    return found | judged(arena, *policies, whole=seed == RESOLVED_SEED)
 
-    def on_trial(trial: Trial) -> None:
-        cpu = clock.seconds()
-        choice = None
-        if trial.state == "complete":
-            choice = clock.aside(partial(arena.kl, trial.policy, split="choice"))
-        curve.append([cpu, trial.values[0], trial.state, choice, len(trial.windows)])
 
+def rival(name: str, target: float) -> dict[str, Any]:
+    """Run another strategy for as long as the default one took."""
+    cell = f"ours-{shown(target)}-{RESOLVED_SEED}"
+    known = read_cells(cell).get(cell) or ours(target, RESOLVED_SEED)
+    arena = arena_at(target)
+    factory = load_plugins().get("samplers", name)
+    spent = known["search_cpu_s"]
+    found, policies = search(arena.plan, factory, target, cpu_s=spent)
+    return found | judged(arena, *policies, whole=True)
+
+
+def allocated(target: float) -> dict[str, Any]:
+    """Solve for the best policy by the default sensitivity; no policy is tried."""
+    arena = arena_at(target)
+    plan, began = arena.plan, time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        with Ledger.open(Path(folder), {}) as ledger:
-            ended = run_study(
-                plan.problem,
-                plan.evaluator(),
-                ledger=ledger,
-                sampler=plan.strategy,
-                objective=plan.objective,
-                seed=seed,
-                rungs=plan.rungs,
-                trials=TRIALS,
-                proposals=[("uniform", uniform(plan, target))],
-                on_trial=on_trial,
-            )
-            trials = ledger.trials()
-    held = incumbents(trials, plan.objective)
-    best = trials[held[-1]]
-    return {
-        "strategy": plan.strategy.name,
+        costs = afresh(plan, Path(folder)).costs(plan.config.search.sensitivity)
+    policy = plan.problem.space.at(allocate(plan.problem, costs))
+    found = {
+        "strategy": "allocation alone",
         "target": target,
-        "seed": seed,
-        "ended": ended,
-        "slope_tokens": plan.strategy.slope_tokens,
-        "accepted": held,
-        "columns": ["cpu_s", "kl", "state", "choice_kl", "windows"],
-        "curve": curve,
-        "search_cpu_s": clock.seconds(),
-        "policy": arena.levels(best.policy).tolist(),
-        **resolved(plan, best.policy),
+        "sensitivity": plan.config.search.sensitivity,
+        "search_cpu_s": time.process_time() - began,
     }
+    return found | judged(arena, uniform(plan, target), policy, whole=True)
 
 
 def evopress(target: float, seed: int, *, own: bool = False) -> dict[str, Any]:
@@ -137,8 +92,8 @@ def evopress(target: float, seed: int, *, own: bool = False) -> dict[str, Any]:
         groups = np.zeros(len(arena.free), dtype=np.int64)  # a level weighs the same
         start = arena.at_target(target)
     else:
-        plan = open_plan(target)
-        arena = ready(plan)
+        arena = arena_at(target)
+        plan = arena.plan
         groups = np.unique(arena.numel, return_inverse=True)[1]
         start = np.full(len(arena.free), REACH)
     clock, curve = Clock(), []
@@ -148,11 +103,9 @@ def evopress(target: float, seed: int, *, own: bool = False) -> dict[str, Any]:
 
     def note(number: int, evaluations: int, tokens: int, levels: Any) -> None:
         cpu = clock.seconds()
-        if number % 5 == 0 or number == 1:
-            policy = arena.policy(levels)
-            kl = clock.aside(partial(arena.kl, policy))
-            choice = clock.aside(partial(arena.kl, policy, split="choice"))
-            curve.append([cpu, kl, evaluations, tokens, choice])
+        if number % NOTED == 0:
+            kl = clock.aside(partial(arena.kl, arena.policy(levels)))
+            curve.append([cpu, kl, evaluations, tokens])
 
     note(0, 0, 0, start)
     parent = start
@@ -168,18 +121,34 @@ def evopress(target: float, seed: int, *, own: bool = False) -> dict[str, Any]:
     ):
         parent = generation.parent
         note(generation.number, generation.evaluations, generation.tokens, parent)
+    spent = clock.seconds()
     return {
         "strategy": "EvoPress, own bank" if own else "EvoPress",
         "target": target,
         "seed": seed,
         "offspring": OFFSPRING,
         "stages": [[stage.survivors, stage.windows] for stage in STAGES],
-        "columns": ["cpu_s", "kl", "evaluations", "tokens", "choice_kl"],
+        "columns": ["cpu_s", "kl", "evaluations", "tokens"],
         "curve": curve,
-        "search_cpu_s": clock.seconds(),
-        "policy": parent.tolist(),
-        **resolved(plan, arena.policy(parent)),
+        "search_cpu_s": spent,
+        **judged(
+            arena,
+            arena.policy(start),
+            arena.policy(parent),
+            whole=seed == RESOLVED_SEED,
+        ),
     }
+
+
+def formula(name: str, target: float) -> dict[str, Any]:
+    """Take the zeros of every block from a formula; nothing is searched."""
+    plan = arena_at(target).plan
+    began = time.process_time()
+    policy = FORMULAS[name](plan, target)
+    spent = time.process_time() - began
+    return {"strategy": name, "target": target, "search_cpu_s": spent} | resolved(
+        plan, policy
+    )
 
 
 def plain(target: float) -> dict[str, Any]:
@@ -191,26 +160,36 @@ def plain(target: float) -> dict[str, Any]:
 
 
 def bank(target: float, kind: str) -> dict[str, Any]:
-    """Time the making of all variants."""
+    """Time the making of all variants; they stay in the store for other cells."""
     plan = open_plan(target, bank=kind) if kind != "own" else open_own(target)
-    with tempfile.TemporaryDirectory() as folder:
-        plan.bank.store = VariantStore(Path(folder), 10**11)
+    with ExitStack() as stack:
+        if len(plan.bank.missing(plan.pairs)) < len(plan.pairs):  # some are made
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            plan.bank.store = VariantStore(Path(folder), 10**11)
         began = time.process_time()
         made = plan.bank.make(plan.pairs)
         return {"variants": made, "bank_cpu_s": time.process_time() - began}
 
 
+def shown(target: float) -> str:
+    """Write a share of zeros as cells name it."""
+    return f"{100 * target:.0f}"
+
+
 def cells() -> dict[str, Callable[[], dict[str, Any]]]:
     """Name every cell, the first to be measured first."""
     found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for seed in SEEDS:
-        for target in reversed(TARGETS):
-            shown = f"{target:g}".removeprefix("0.") + "0"
-            found[f"ours-{shown}-{seed}"] = partial(ours, target, seed)
-            found[f"evopress-{shown}-{seed}"] = partial(evopress, target, seed)
-            if not seed:
-                found[f"uniform-{shown}"] = partial(plain, target)
-                found[f"bank-{shown}"] = partial(bank, target, "uniform")
-    found["evopress-own-70-0"] = partial(evopress, 0.7, 0, own=True)
+    for target in reversed(TARGETS):
+        name = shown(target)
+        for seed in SEEDS:
+            found[f"ours-{name}-{seed}"] = partial(ours, target, seed)
+            found[f"evopress-{name}-{seed}"] = partial(evopress, target, seed)
+        for formula_name in FORMULAS:
+            found[f"{formula_name}-{name}"] = partial(formula, formula_name, target)
+        found[f"allocation-{name}"] = partial(allocated, target)
+        found[f"random-{name}"] = partial(rival, "random", target)
+        found[f"uniform-{name}"] = partial(plain, target)
+        found[f"bank-{name}"] = partial(bank, target, "uniform")
     found["bank-own-70"] = partial(bank, 0.7, "own")
+    found["evopress-own-70-0"] = partial(evopress, 0.7, 0, own=True)
     return found
