@@ -144,7 +144,8 @@ def _search_round(
     if plan.filtered is not None and made:
         saved = plan.filtered.saved_seconds((time.monotonic() - start) / made)
         observer.note(
-            f"{plan.filtered.variants} variants left out: {saved:.0f} s saved"
+            f"{plan.filtered.variants} variants left out: {saved:.0f} s saved; by the "
+            f"cheap scores the best policy is {plan.filtered.foreseen:.1%} worse for it"
         )
     plan.bench.store.shrink()
     observer.stage("measuring the dense model")

@@ -15,7 +15,7 @@ class FormulaEvaluator(Evaluator):
     def __init__(self, formula):
         self.formula = formula
 
-    def measure(self, policy, windows=None):
+    def measure(self, policy, windows=None, *, near=None):
         return Score(self.formula(policy))
 
     def slopes(self, policy, *, tokens, draws, turn):
@@ -29,7 +29,7 @@ class WindowEvaluator(FormulaEvaluator):
         super().__init__(formula)
         self.asked = []
 
-    def measure(self, policy, windows=None):
+    def measure(self, policy, windows=None, *, near=None):
         self.asked.append(windows)
         found = tuple(float(kl) for kl in self.formula(policy)[:windows])
         return Score({"kl": float(np.mean(found))}, found)
@@ -54,7 +54,7 @@ class SmoothEvaluator(Evaluator):
         self.curves = rng.normal(0, 0.5, count)
         self.turns = []
 
-    def measure(self, policy, windows=None):
+    def measure(self, policy, windows=None, *, near=None):
         damage = self.damage[self.problem.space.index(policy)]
         kl = self.weights @ damage + (self.curves @ damage) ** 2 / 2
         found = tuple(kl[:windows].tolist())

@@ -68,6 +68,21 @@ class Evidence:
     tokenizer: Any = None
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one policy scored on one split.
+
+    Attributes:
+        metrics: Value of every metric, by name.
+        quality: Divergence and loss, window by window; None if the model did not run.
+        timings: Seconds spent in each part: ``put_s``, ``run_s``.
+    """
+
+    metrics: dict[str, float]
+    quality: Quality | None
+    timings: dict[str, float]
+
+
 class Metric(ABC):
     """One number that tells something of a policy.
 

@@ -75,7 +75,8 @@ def measure_slopes(
             part = list(windows[at : at + group])
             batch = teacher.batch_of(part)
             features = teacher.task.features(model, batch)
-            pricing.pass_windows(batch.scored.sum(1))
+            counts = batch.scored.sum(1)
+            pricing.pass_windows(counts)
             pull, of_head = teacher.pull(
                 model, features, part, head=bool(pricing.of_head)
             )
@@ -83,21 +84,37 @@ def measure_slopes(
             pricing.backward(features, pull * len(part), keep=draws > 0)
             if of_head is not None:
                 pricing.add_of_head(of_head)
-            for draw in range(draws):
-                push = _push(teacher, model, features, generator)
+            sizes = counts.tolist()
+            chances = [torch.rand(draws, n, generator=generator) for n in sizes]
+            for draw, chance in enumerate(torch.cat(chances, 1)):
+                push = _push(teacher, model, features, chance)
                 pricing.backward(features, push, keep=draw < draws - 1, score=True)
+            pricing.sort_draws(len(part), draws)
     return pricing.result()
 
 
 def _push(
-    teacher: Teacher, model: nn.Module, features: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Give the gradient of the log-likelihood of labels that the model draws itself."""
+    teacher: Teacher,
+    model: nn.Module,
+    features: Float[Tensor, "positions hidden"],
+    chance: Float[Tensor, " positions"],
+) -> Float[Tensor, "positions hidden"]:
+    """Give the gradient of the log-likelihood of labels that the model draws itself.
+
+    Args:
+        teacher: The dense model.
+        model: The model.
+        features: What its head reads.
+        chance: Where in the model's distribution each label lies, from 0 to 1: one
+            number a position, so that how windows pass together changes no label.
+    """
     leaf = features.detach().requires_grad_()
     with exact_products(features):
-        for _, logits in teacher.task.head(model).in_chunks(leaf):
+        for rows, logits in teacher.task.head(model).in_chunks(leaf):
             log_q = logits.log_softmax(-1)
-            drawn = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
+            below = log_q.detach().exp().cumsum(-1)
+            at = chance[rows, None] * below[:, -1:]
+            drawn = torch.searchsorted(below, at).clamp_(max=below.shape[1] - 1)
             log_q.gather(1, drawn).sum().backward()
     assert leaf.grad is not None
     return leaf.grad
@@ -143,6 +160,17 @@ class _Pricing:
         self._score = score
         features.backward(gradient.to(features.dtype), retain_graph=keep)
 
+    def sort_draws(self, windows: int, draws: int) -> None:
+        """Bring the rows of the windows passed last together, however they passed."""
+        count = windows * draws
+        for rows in self._draws.values():
+            tail = rows[len(rows) - count :]
+            rows[len(rows) - count :] = [
+                tail[draw * windows + window]
+                for window in range(windows)
+                for draw in range(draws)
+            ]
+
     def add_of_head(self, gradient: Tensor) -> None:
         """Add the gradient of the mean KL by the head to the windows passed last."""
         for layer in self.of_head:
@@ -184,7 +212,7 @@ class _Pricing:
             yield
 
     def module_of(self, layer: Layer) -> nn.Linear | None:
-        """Give the linear module whose weight is the layer's as it stands; else None."""
+        """Give the linear module whose weight is the layer's as it stands, if one."""
         if layer in self.of_head:
             return None
         return self._linear.get(layer.name)

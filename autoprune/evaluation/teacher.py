@@ -118,7 +118,13 @@ class Teacher:
         return Quality(*(torch.cat(columns) for columns in zip(*found, strict=True)))
 
     def measure_first(
-        self, model: nn.Module, windows: int | None, known: Quality | None
+        self,
+        model: nn.Module,
+        windows: int | None,
+        known: Quality | None,
+        *,
+        prefix: Prefix | None = None,
+        unchanged: int = 0,
     ) -> Quality:
         """Measure the first windows; only those that are not known already."""
         count = windows or len(self.windows.ids)
@@ -126,7 +132,7 @@ class Teacher:
         if not left:
             assert known is not None
             return known.first(count)
-        found = self.measure(model, left)
+        found = self.measure(model, left, prefix=prefix, unchanged=unchanged)
         return known + found if known else found
 
     def parts(self, windows: Sequence[int] | None = None) -> list[list[int]]:

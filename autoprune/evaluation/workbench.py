@@ -16,7 +16,7 @@ from autoprune.compression.storage import Part, Storage
 from autoprune.compression.store import VariantStore, cap_bytes
 from autoprune.config import TextConfig
 from autoprune.errors import ConfigError, unknown_name
-from autoprune.evaluation.metric import Evidence, Metric, Scene
+from autoprune.evaluation.metric import Evidence, Measured, Metric, Scene
 from autoprune.evaluation.precision import choose_compute_dtype
 from autoprune.evaluation.quality import Quality
 from autoprune.evaluation.teacher import Teacher
@@ -29,27 +29,13 @@ from autoprune.models.checkpoints import (
     resolve,
 )
 from autoprune.models.layers import Inventory, inventory, untouched_parameters
+from autoprune.models.prefix import Prefix
 from autoprune.models.task import Task, output_layer
 from autoprune.models.text import TokenWindows, load_splits
 from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What one policy scored on one split.
-
-    Attributes:
-        metrics: Value of every metric, by name.
-        quality: Divergence and loss, window by window; None if the model did not run.
-        timings: Seconds spent in each part: ``put_s``, ``run_s``.
-    """
-
-    metrics: dict[str, float]
-    quality: Quality | None
-    timings: dict[str, float]
 
 
 @dataclass(eq=False)
@@ -232,6 +218,7 @@ class Workbench:
         metrics: Sequence[str] | None = None,
         windows: int | None = None,
         known: Quality | None = None,
+        prefix: Prefix | None = None,
     ) -> Measured:
         """Put a policy on the model and measure it.
 
@@ -243,6 +230,8 @@ class Workbench:
                 variant is made and the model stays as it is.
             windows: How many windows of the split, from the first; None for all.
             known: What the policy scored on the first of them before.
+            prefix: What another policy of the bank has left behind its blocks: those
+                before the first one that differs are not run again.
 
         Raises:
             PolicyError: If the policy does not fit the model.
@@ -256,15 +245,19 @@ class Workbench:
         start = put = time.perf_counter()
         evidence = Evidence(scene, self.storages(policy))
         if needs_model:
-            bank.put(self.per_layer(policy))
+            actions = self.per_layer(policy)
+            bank.put(actions)
             put = time.perf_counter()
-            teacher = self.teacher(split)
-            quality = teacher.measure_first(self.stitched.model, windows, known)
+            teacher, model = self.teacher(split), self.stitched.model
+            unchanged = prefix.follow(actions) if prefix else 0
+            quality = teacher.measure_first(
+                model, windows, known, prefix=prefix, unchanged=unchanged
+            )
             evidence = replace(
                 evidence,
                 scene=replace(scene, dense=teacher.dense.first(len(quality.kl))),
                 quality=quality,
-                model=self.stitched.model,
+                model=model,
                 tokenizer=self.tokenizer,
             )
         run = time.perf_counter()

@@ -42,39 +42,79 @@ class _Left:
         return (self.hidden, *[None] * self.extra)
 
 
+Variants = Mapping[Layer, Hashable]
+"""What names the variant on every layer: the key that a bank gives it, or the action
+as long as no other bank's variants come in."""
+
+
+@dataclass(eq=False)
+class _Trail:
+    """What one policy has left behind its blocks so far.
+
+    Attributes:
+        variants: The policy.
+        left: By batch, from the first block on; may end before the last.
+    """
+
+    variants: dict[Layer, Hashable]
+    left: dict[Hashable, list[_Left]] = field(default_factory=dict)
+
+
 @dataclass(eq=False)
 class Prefix:
     """The hidden states that one policy, the anchor, leaves behind its blocks.
+
+    Beside it one more policy may be followed, and become the anchor if it is found to
+    be worth it.
 
     Attributes:
         inventory: The model's blocks and layers.
         cap_bytes: Most bytes of hidden states. What leaves blocks beyond it is not
             remembered, so these run every time.
-        held_bytes: Bytes that are held.
     """
 
     inventory: Inventory
     cap_bytes: int = CAP_BYTES
-    held_bytes: int = field(default=0, init=False)
-    _anchor: dict[Layer, Hashable] | None = field(default=None, init=False)
-    _left: dict[Hashable, list[_Left]] = field(default_factory=dict, init=False)
+    _anchor: _Trail | None = field(default=None, init=False)
+    _followed: _Trail | None = field(default=None, init=False)
 
-    def move(self, variants: Mapping[Layer, Hashable]) -> None:
-        """Take a policy as the anchor; what leaves blocks that it shares is kept.
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of hidden states that are held; what two policies share counts once."""
+        trails = [trail for trail in (self._anchor, self._followed) if trail]
+        held = {
+            id(one): one.hidden.nbytes
+            for trail in trails
+            for left in trail.left.values()
+            for one in left
+        }
+        return sum(held.values())
 
-        Args:
-            variants: What names the variant on every layer: the key that a bank gives
-                it, or the action as long as no other bank's variants come in.
-        """
+    def move(self, variants: Variants) -> None:
+        """Take a policy as the anchor; what leaves blocks that it shares is kept."""
         shared = self.unchanged(variants)
-        for left in self._left.values():
-            del left[shared:]
-        self._anchor = dict(variants)
-        self.held_bytes = sum(
-            one.hidden.nbytes for left in self._left.values() for one in left
-        )
+        known = self._anchor.left if self._anchor else {}
+        kept = {batch: left[:shared] for batch, left in known.items()}
+        self._anchor = _Trail(dict(variants), kept)
 
-    def unchanged(self, variants: Mapping[Layer, Hashable]) -> int:
+    def follow(self, variants: Variants) -> int:
+        """Remember a policy beside the anchor from now on, in the place of another.
+
+        Returns:
+            How many leading blocks it shares with the anchor.
+        """
+        if self._anchor is not None and self._anchor.variants == variants:
+            self._followed = None
+        elif self._followed is None or self._followed.variants != variants:
+            self._followed = _Trail(dict(variants))
+        return self.unchanged(variants)
+
+    def adopt(self, variants: Variants) -> None:
+        """Take the followed policy as the anchor, if it is this one."""
+        if self._followed is not None and self._followed.variants == variants:
+            self._anchor, self._followed = self._followed, None
+
+    def unchanged(self, variants: Variants) -> int:
         """Count the leading blocks whose layers, and all before, are as the anchor's.
 
         A layer outside of all blocks, such as the embedding, comes before every block.
@@ -83,8 +123,8 @@ class Prefix:
             return 0
         changed = [
             layer.block or 0
-            for layer in {**self._anchor, **variants}
-            if self._anchor.get(layer) != variants.get(layer)
+            for layer in {**self._anchor.variants, **variants}
+            if self._anchor.variants.get(layer) != variants.get(layer)
         ]
         return min(changed, default=len(self.inventory.blocks))
 
@@ -94,7 +134,8 @@ class Prefix:
     ) -> Iterator[int]:
         """Let leading blocks answer from memory during a forward pass.
 
-        The anchor itself, all of whose blocks are unchanged, is remembered on the way.
+        The anchor itself, all of whose blocks are unchanged, is remembered on the way;
+        so is the policy that is followed.
 
         Args:
             model: The model, with a policy's variants on it.
@@ -105,16 +146,17 @@ class Prefix:
         Yields:
             How many blocks do not run.
         """
-        left = self._left.get(batch, [])
-        skipped = min(unchanged, len(left))
+        known = self._anchor.left.get(batch, []) if self._anchor else []
+        skipped = min(unchanged, len(known))
         blocks = [model.get_submodule(path) for path in self.inventory.blocks]
         answers: dict[nn.Module, Callable[..., Any]] = {
             block: one.answer
-            for block, one in zip(blocks[:skipped], left, strict=False)
+            for block, one in zip(blocks[:skipped], known, strict=False)
         }
+        trail = self._anchor if unchanged == len(blocks) else self._followed
         handles = []
-        if unchanged == len(blocks):
-            self._left[batch] = left
+        if trail is not None:
+            left = trail.left[batch] = known[:skipped]
             handles = [
                 blocks[index].register_forward_hook(
                     partial(self._remember, left, index)
@@ -137,4 +179,3 @@ class Prefix:
         if full or len(left) < index:  # without a block, those after it are of no use
             return
         left.append(_Left(hidden, None if bare else len(output) - 1))
-        self.held_bytes += hidden.nbytes

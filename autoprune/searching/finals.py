@@ -11,7 +11,8 @@ from typing import Any
 
 from autoprune.compression.bank import VariantBank
 from autoprune.errors import BudgetError
-from autoprune.evaluation.workbench import Measured, Workbench
+from autoprune.evaluation.metric import Measured
+from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Policy
 from autoprune.searching.objective import Objective, front
 from autoprune.searching.rows import Trial

@@ -85,12 +85,13 @@ class Judge:
             whole split.
         """
         score, reported = Score({}), 0
+        near = self.incumbent.policy if self.incumbent else None
         try:
             climb = range(len(self._rungs) or 1)
             for rung in climb if wanted is None else (wanted,):
                 whole = rung == climb[-1]
                 count = None if whole else self._rungs[rung]
-                score = self._evaluator.measure(policy, count)
+                score = self._evaluator.measure(policy, count, near=near)
                 if whole or wanted is not None or not _is_finite(score):
                     break
                 told = score.windows, self.incumbent, reported

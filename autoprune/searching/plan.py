@@ -13,8 +13,9 @@ from autoprune.compression.actions import Actions
 from autoprune.compression.bank import VariantBank
 from autoprune.config import RunConfig
 from autoprune.errors import ConfigError
+from autoprune.evaluation.metric import Measured
 from autoprune.evaluation.reward import Reward
-from autoprune.evaluation.workbench import Measured, Workbench
+from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
 from autoprune.searching.formulate import (

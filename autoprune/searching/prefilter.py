@@ -49,12 +49,15 @@ class Filtered:
         dropped: What was taken out, with the reason.
         kept: Of the whole space, which choices are left.
         variants: How many variants, layer by layer, need not be made.
+        foreseen: Regret by the scores that decided, as a share of the best sum of
+            them; what it really is is known only where the variants are made.
     """
 
     problem: Problem
     dropped: tuple[Refusal, ...]
     kept: Bool[np.ndarray, "sites choices"]
     variants: int
+    foreseen: float = 0.0
 
     def saved_seconds(self, seconds_a_variant: float) -> float:
         """Estimate the time saved, from the mean time that a variant takes."""
@@ -125,7 +128,14 @@ def prefilter(
             )
             dropped.append((site.name, actions[column], reason))
         variants += len(by) * len(site.layers)
-    return Filtered(_smaller(problem, kept, dropped), tuple(dropped), kept, variants)
+    smaller = _smaller(problem, kept, dropped)
+    found = Filtered(smaller, tuple(dropped), kept, variants)
+    if not (dropped and problem.budgets):
+        return found
+    best = allocate(problem, scores)
+    least = float(scores[np.arange(len(scores)), best].sum())
+    foreseen = found.regret(problem, scores) / least if least else 0.0
+    return replace(found, foreseen=foreseen)
 
 
 def cheap_scores(

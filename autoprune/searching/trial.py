@@ -9,6 +9,7 @@ from autoprune.evaluation.quality import Quality
 from autoprune.evaluation.reward import Reward
 from autoprune.evaluation.slopes import measure_slopes
 from autoprune.evaluation.workbench import Workbench
+from autoprune.models.prefix import Prefix
 from autoprune.policy import Policy
 from autoprune.searching.slopes import SiteSlopes
 from autoprune.searching.space import SearchSpace
@@ -32,10 +33,22 @@ class Evaluator(ABC):
     """Measures policies; a worker that keeps model and variants between them."""
 
     @abstractmethod
-    def measure(self, policy: Policy, windows: int | None = None) -> Score:
-        """Measure a policy on the first windows of the fitness split; None for all.
+    def measure(
+        self,
+        policy: Policy,
+        windows: int | None = None,
+        *,
+        near: Policy | None = None,
+    ) -> Score:
+        """Measure a policy on the fitness split.
 
         What it raises fails the trial, and the search goes on.
+
+        Args:
+            policy: The policy.
+            windows: How many windows, from the first; None for all.
+            near: The incumbent: what it left behind its blocks may be used where the
+                policy is the same up to there. The figures are the same without.
         """
 
     @abstractmethod
@@ -78,13 +91,27 @@ class LocalEvaluator(Evaluator):
         self.space = space
         self._reward = reward
         self._memory: dict[str, Quality] = {}
+        self._prefix = Prefix(bench.inventory)
         self._dense: dict[str, float] = {}
 
-    def measure(self, policy: Policy, windows: int | None = None) -> Score:
+    def measure(
+        self,
+        policy: Policy,
+        windows: int | None = None,
+        *,
+        near: Policy | None = None,
+    ) -> Score:
         """Measure a policy, on those windows only that it was not measured on yet."""
         known = self._memory.get(policy.fingerprint)
+        if near is not None:
+            self._prefix.adopt(self.bench.per_layer(near))
         measured = self.bench.measure(
-            policy, self.bank, self.SPLIT, windows=windows, known=known
+            policy,
+            self.bank,
+            self.SPLIT,
+            windows=windows,
+            known=known,
+            prefix=self._prefix,
         )
         metrics = dict(measured.metrics)
         if self._reward:

@@ -120,7 +120,13 @@ class Formula(Evaluator):
         self._hardness = rng.lognormal(0, 0.3, WINDOWS)
         self.cpu_s = 0.0
 
-    def measure(self, policy: Policy, windows: int | None = None) -> Score:
+    def measure(
+        self,
+        policy: Policy,
+        windows: int | None = None,
+        *,
+        near: Policy | None = None,
+    ) -> Score:
         """Compute the KL of the first windows."""
         began = time.process_time()
         chosen = self._space.index(policy)

@@ -164,3 +164,36 @@ def test_a_broken_pass_leaves_the_model_as_it_was(ids: Tensor) -> None:
     assert not any(m._forward_hooks for m in model.modules())
     assert "forward" not in vars(model.model.layers[0])
     assert torch.equal(model(ids).logits, whole)
+
+
+def test_a_followed_policy_takes_the_place_of_the_anchor(ids: Tensor) -> None:
+    model, found = model_of("llama")
+    prefix = Prefix(found)
+    names: dict[Layer, str] = dict.fromkeys(found.layers, "dense")
+    first, last = (
+        next(la for la in found.layers if la.block == block) for block in (0, 2)
+    )
+
+    def run(variants: dict[Layer, str]) -> int:
+        with prefix.reused(model, "batch", prefix.follow(variants)) as skipped:
+            reused = model(ids).logits
+        assert torch.equal(reused, model(ids).logits)
+        return skipped
+
+    with torch.inference_mode():
+        assert run(names) == 0  # nothing is known yet
+        prefix.adopt(names)
+        assert run(names) == BLOCKS
+        held = prefix.held_bytes
+        change(model, last)
+        other = names | {last: "other"}
+        assert run(other) == 2
+        assert prefix.held_bytes == held * 4 // 3  # two of three blocks are shared
+        change(model, first)
+        prefix.adopt(names)  # it is not the followed one: nothing happens
+        assert run(names | {last: "other", first: "other"}) == 0
+        prefix.adopt(other)  # it is no longer followed
+        assert prefix.unchanged(names) == BLOCKS
+        prefix.adopt(names | {last: "other", first: "other"})
+        assert prefix.held_bytes == held
+        assert prefix.unchanged(names) == 0

@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import config_of, write_text
 
 from autoprune.errors import BudgetError
-from autoprune.evaluation.workbench import Measured
+from autoprune.evaluation.metric import Measured
 from autoprune.plugins import load_plugins
 from autoprune.policy import Action, Policy
 from autoprune.searching.finals import (

@@ -102,6 +102,10 @@ def test_the_regret_is_that_of_the_whole_optimum(seed: int, sites_of: Sites) -> 
 
     plain = least(found.kept) - least(np.ones((3, 4), dtype=bool))
     assert found.regret(problem, costs) == pytest.approx(plain, abs=1e-5)
+    costs = scores
+    whole = least(np.ones((3, 4), dtype=bool))
+    share = least(found.kept) / whole - 1
+    assert found.foreseen == pytest.approx(share, abs=1e-5)
     nothing = prefilter(problem, scores, score_margin=1.0)
     assert nothing.dropped == () and nothing.regret(problem, costs) == 0
 

@@ -47,7 +47,7 @@ class Formula(FormulaEvaluator):
         self.seen = []
         self.weights = np.random.default_rng(9).random(len(problem.space.sites))
 
-    def measure(self, policy, windows=None):
+    def measure(self, policy, windows=None, *, near=None):
         number = len(self.seen)
         self.seen.append(policy)
         if number in self.raises:

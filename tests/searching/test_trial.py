@@ -8,6 +8,7 @@ import pytest
 from tiny_runs import config_of, write_text
 
 from autoprune.plugins import load_plugins
+from autoprune.policy import Policy
 from autoprune.searching.plan import Plan
 from autoprune.searching.trial import LocalEvaluator
 
@@ -51,6 +52,29 @@ def test_windows_that_are_known_are_not_measured_again(plan: Plan) -> None:
     assert again.windows == whole.windows and again.metrics == whole.metrics
     fresh = plan.evaluator().measure(policy)
     assert fresh.metrics["kl"] == pytest.approx(whole.metrics["kl"], rel=1e-5)
+
+
+def test_blocks_before_the_first_change_are_not_run_again(plan: Plan) -> None:
+    space = plan.problem.space
+    start = plan.proposals[0][1]
+    last = next(s for s in reversed(space.sites) if len(space.choices[s.name]) > 1)
+    action = next(a for a in space.choices[last.name] if a != start[last.name])
+    changed = Policy({**start, last.name: action})
+    plan.bank.make(plan.pairs)  # which runs blocks too
+    evaluator, runs = plan.evaluator(), []
+    model = plan.bench.stitched.model
+    first = model.get_submodule(last.layers[0].name.replace(".1.", ".0."))
+    handle = first.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        evaluator.measure(start)
+        ran = len(runs)
+        near = evaluator.measure(changed, near=start)
+        assert len(runs) == ran > 0  # the first block answered from memory
+        alone = plan.evaluator().measure(changed)
+        assert len(runs) == 2 * ran
+    finally:
+        handle.remove()
+    assert near.windows == alone.windows and near.metrics == alone.metrics
 
 
 def test_slopes_are_taken_on_other_windows_each_time(plan: Plan) -> None:
