@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from autoprune.plugins import load_plugins
     from autoprune.policy import Action, Layer, Policy, Site
     from autoprune.run import search
+    from autoprune.searching.formulas import Formula, Ladder
     from autoprune.searching.strategies import Brief, PolicySampler, SamplerFactory
     from autoprune.transfer import apply, evaluate
 
@@ -52,7 +53,9 @@ __all__ = [
     "ConfigError",
     "ExportError",
     "Exporter",
+    "Formula",
     "InputStatistics",
+    "Ladder",
     "Layer",
     "MethodError",
     "Metric",
@@ -104,6 +107,7 @@ _HOMES = {
     "plugins": ("load_plugins",),
     "policy": ("Action", "Layer", "Policy", "Site"),
     "run": ("search",),
+    "searching.formulas": ("Formula", "Ladder"),
     "searching.strategies": ("Brief", "PolicySampler", "SamplerFactory"),
 }
 """Where the public names are defined."""

@@ -104,6 +104,8 @@ class SearchConfig(_Part):
         rounds: How often the space is searched: each further round with a bank on the
             inputs of the incumbent, and levels at half the step around it.
         rungs: Tokens of the fitness split at which a trial may end; none by default.
+        proposals: Formulas whose policies are tried after the uniform ones, such as
+            ``owl`` or ``lamp``; none by default, as each costs a trial.
         pruner: What ends it there: ``race`` gives up what is worse than the incumbent
             on the same windows, ``halving`` and ``wilcoxon`` are Optuna's.
     """
@@ -116,6 +118,7 @@ class SearchConfig(_Part):
     finalists: int = Field(4, ge=1)
     rounds: int = Field(1, ge=1, le=8)
     rungs: list[Annotated[int, Field(ge=1)]] = []
+    proposals: list[str] = []
     pruner: Literal["race", "halving", "wilcoxon", "none"] = "race"
 
     @model_validator(mode="after")

@@ -37,6 +37,7 @@ class ExportReport:
         size_bytes: Of its weight files; as predicted, to the byte.
         metrics: What the policy scored on the report split.
         verified: What a fresh process found that loaded it again.
+        notes: What the target made of the actions.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class ExportReport:
     size_bytes: int
     metrics: Mapping[str, float]
     verified: Verification
+    notes: Sequence[str] = ()
 
 
 def export(
@@ -172,7 +174,8 @@ def export_policy(
         check=check,
         force=force,
     )
-    return ExportReport(folder, target, policy, size, measured.metrics, verified[0])
+    figures, notes = measured.metrics, exporter.notes(storages)
+    return ExportReport(folder, target, policy, size, figures, verified[0], notes)
 
 
 def _chosen(

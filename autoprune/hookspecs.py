@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from autoprune.evaluation.workbench import Workbench
     from autoprune.policy import Policy
     from autoprune.searching.problem import Problem
 
@@ -64,7 +65,14 @@ def register_exporters() -> "Sequence[Any]":
 
 
 @hookspec
-def propose_policies(problem: "Problem") -> "Sequence[tuple[str, Policy]]":
+def register_formulas() -> "Sequence[Any]":
+    """Return ``Formula`` objects, which divide zeros among layers without a trial."""
+
+
+@hookspec
+def propose_policies(
+    problem: "Problem", bench: "Workbench"
+) -> "Sequence[tuple[str, Policy]]":
     """Return policies to try first, each after the name of its origin."""
 
 
@@ -82,6 +90,7 @@ HOOKS: "tuple[Callable[..., Any], ...]" = (
     register_text_sources,
     register_architectures,
     register_exporters,
+    register_formulas,
     propose_policies,
     trial_finished,
 )

@@ -1,4 +1,4 @@
-"""What is searched: layers, sites, steps, actions, policies. Frozen, and without torch.
+"""What is searched: steps, actions, policies. Frozen, and without torch.
 
 An action is written as its steps in order, ``sparsegpt(pattern=2:4) + gptq(bits=4)``;
 ``dense`` has none. The text is the identity: two actions are equal when it is equal.
@@ -14,6 +14,8 @@ from itertools import product
 from typing import Any
 
 from autoprune.errors import PolicyError, unknown_name
+from autoprune.sites import Layer as Layer
+from autoprune.sites import Site as Site
 
 Value = int | float | bool | str
 """A parameter of a step."""
@@ -24,61 +26,6 @@ _STEP = re.compile(r"\s*([a-z][\w-]*)\s*(?:\(([^()]*)\))?\s*")
 _LIST = re.compile(r"\[([^\[\]]*)\]")
 _WORD = re.compile(r"[\w.:%+-]+")
 _PLUS = re.compile(r"\+(?![^()]*\))")  # outside of parentheses, where 1e+20 may stand
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One weight matrix, always seen as ``[out, in]``.
-
-    Attributes:
-        name: Path of the parameter in the model, without ``.weight``; a slice of a
-            3-D parameter of experts carries its index, ``...down_proj[3]``.
-        shape: ``(out, in)``.
-        dtype: Type of the stored weight, as torch spells it: ``"bfloat16"``.
-        block: Index of the decoder block; None outside of all blocks.
-        role: What the layer is in its block: ``q_proj``, ``down_proj`` ...
-        input: Layers with equal ``input`` read the same activations and share their
-            statistics; None where there are none to take (an embedding).
-        uses: How often one token passes: 1, or experts chosen over experts there are.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    dtype: str
-    block: int | None
-    role: str
-    input: str | None
-    uses: float = 1.0
-
-    @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return self.shape[0] * self.shape[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A place where a policy acts: layers that share one action.
-
-    Attributes:
-        name: Unique, dotted: ``blocks.3.qkv``. Never holds a ``/``: Ray would nest it.
-        layers: The layers, in the model's order.
-        kind: What is acted on; ``weights`` for matrices as a whole.
-    """
-
-    name: str
-    layers: tuple[Layer, ...]
-    kind: str = "weights"
-
-    @property
-    def numel(self) -> int:
-        """Number of weights in all layers."""
-        return sum(one.numel for one in self.layers)
-
-    def part(self, layer: Layer) -> str:
-        """Name the site that one of the layers has alone where none are fused."""
-        last = layer.name.rpartition(".")[2].replace("[", ".").rstrip("]")
-        return f"{self.name}.{last}" if len(self.layers) > 1 else self.name
 
 
 @dataclass(frozen=True, slots=True, eq=False)

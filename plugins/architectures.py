@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from autoprune.hookspecs import hookimpl
-from autoprune.models.layers import Architecture, SiteRule
+from autoprune.models.layers import Architecture, SiteRule, StructureRule
 
 _ATTENTION = (
     SiteRule("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -16,6 +16,23 @@ _GATED = (
     SiteRule("down", ("mlp.down_proj",)),
 )
 
+_EXPERTS = (
+    *_ATTENTION,
+    SiteRule("experts.gate_up", ("mlp.experts.gate_up_proj",)),
+    SiteRule("experts.down", ("mlp.experts.down_proj",)),
+)
+
+_HEADS = StructureRule(
+    "attention",
+    "heads",
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+)
+
+_CHANNELS = StructureRule(
+    "mlp", "channels", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
+)
+
 LLAMA = Architecture(
     "llama",
     (
@@ -25,7 +42,6 @@ LLAMA = Architecture(
         "qwen3",
         "smollm3",
         "granite",
-        "olmo2",
         "gemma",
         "gemma2",
         "gemma3_text",
@@ -33,8 +49,14 @@ LLAMA = Architecture(
     "model.layers",
     _GATED,
     "model.embed_tokens",
+    (_HEADS, _CHANNELS),
 )
 """Decoders with q, k, v, o and a gated MLP, under Llama's names."""
+
+OLMO2 = Architecture(
+    "olmo2", ("olmo2",), "model.layers", _GATED, "model.embed_tokens", (_CHANNELS,)
+)
+"""OLMo 2 norms queries and keys over all heads together: none can go alone."""
 
 GEMMA3 = Architecture(
     "gemma3",
@@ -42,21 +64,24 @@ GEMMA3 = Architecture(
     "model.language_model.layers",
     _GATED,
     "model.language_model.embed_tokens",
+    (_HEADS, _CHANNELS),
 )
 """Gemma 3 with its vision tower, which stays untouched."""
 
 MIXTRAL = Architecture(
     "mixtral",
-    ("mixtral", "qwen3_moe", "olmoe", "gpt_oss"),
+    ("mixtral", "qwen3_moe", "gpt_oss"),
     "model.layers",
-    (
-        *_ATTENTION,
-        SiteRule("experts.gate_up", ("mlp.experts.gate_up_proj",)),
-        SiteRule("experts.down", ("mlp.experts.down_proj",)),
-    ),
+    _EXPERTS,
     "model.embed_tokens",
+    (_HEADS,),
 )
 """Mixtures of experts, all stored in two parameters; the router stays untouched."""
+
+OLMOE = Architecture(
+    "olmoe", ("olmoe",), "model.layers", _EXPERTS, "model.embed_tokens"
+)
+"""OLMoE, with OLMo's norms and Mixtral's experts: it has no structure."""
 
 GPT2 = Architecture(
     "gpt2",
@@ -69,8 +94,9 @@ GPT2 = Architecture(
         SiteRule("down", ("mlp.c_proj",)),
     ),
     "transformer.wte",
+    (StructureRule("mlp", "channels", ("mlp.c_fc",), ("mlp.c_proj",)),),
 )
-"""GPT-2, whose q, k and v are one matrix."""
+"""GPT-2, whose q, k and v are one matrix: its heads are no structure here."""
 
 OPT = Architecture(
     "opt",
@@ -83,6 +109,10 @@ OPT = Architecture(
         SiteRule("down", ("fc2",)),
     ),
     "model.decoder.embed_tokens",
+    (
+        StructureRule("attention", "heads", _HEADS.makers, ("self_attn.out_proj",)),
+        StructureRule("mlp", "channels", ("fc1",), ("fc2",)),
+    ),
 )
 """OPT."""
 
@@ -100,6 +130,15 @@ BERT = Architecture(
         SiteRule("down", ("output.dense",)),
     ),
     "bert.embeddings.word_embeddings",
+    (
+        StructureRule(
+            "attention",
+            "heads",
+            ("attention.self.query", "attention.self.key", "attention.self.value"),
+            ("attention.output.dense",),
+        ),
+        StructureRule("mlp", "channels", ("intermediate.dense",), ("output.dense",)),
+    ),
 )
 """BERT with any head on top: masked language modelling, classification."""
 
@@ -107,4 +146,4 @@ BERT = Architecture(
 @hookimpl
 def register_architectures() -> Sequence[Architecture]:
     """Return the descriptions of the usual model families."""
-    return [LLAMA, GEMMA3, MIXTRAL, GPT2, OPT, BERT]
+    return [LLAMA, OLMO2, GEMMA3, MIXTRAL, OLMOE, GPT2, OPT, BERT]

@@ -70,7 +70,8 @@ def test_changes_leave_the_data_alone() -> None:
         (
             {"search": {"trails": 3}},
             "unknown key 'trails'. Did you mean 'trials'? Known: budget, finalists, "
-            "pruner, rounds, rungs, sampler, seed, sensitivity, trials (in search)",
+            "proposals, pruner, rounds, rungs, sampler, seed, sensitivity, trials (in "
+            "search)",
         ),
         (
             {"space": [{"site": "a", "actions": ["rtn"]}]},

@@ -17,6 +17,7 @@ PLUGINS = ROOT / "plugins"
 FLOORS = {
     "errors": 0,
     "policy": 0,
+    "sites": 0,
     "limits": 0,
     "options": 0,
     "config": 0,

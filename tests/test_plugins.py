@@ -278,4 +278,17 @@ def test_proposals_of_all_plugins_are_given(install: Installer) -> None:
         "propose_policies",
         [p for n, p in plugins.manager.list_name_plugin() if n != "prop"],
     )
-    assert caller(problem="a problem") == [[("mine", "a problem")]]
+    assert caller(problem="a problem", bench=None) == [[("mine", "a problem")]]
+
+
+def test_an_implementation_may_take_the_bench_or_leave_it(install: Installer) -> None:
+    old = "@hookimpl\ndef propose_policies(problem): return [('old', problem)]"
+    new = "@hookimpl\ndef propose_policies(bench, problem): return [('new', bench)]"
+    install.package("prop_old", old)
+    install.package("prop_new", new)
+    plugins = load_plugins()
+    for record_ in plugins.records:
+        if record_.name == "proposals":  # the built-in one wants a real problem
+            plugins.manager.unregister(name=record_.module)
+    found = plugins.notify("propose_policies", problem="a problem", bench="a bench")
+    assert sorted(found) == [[("new", "a bench")], [("old", "a problem")]]

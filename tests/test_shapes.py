@@ -5,8 +5,9 @@ import torch
 from jaxtyping import TypeCheckError
 
 from autoprune.compression.method import Parameter
+from autoprune.compression.packing import pack_bits, unpack_bits
 from autoprune.compression.storage import Storage
-from autoprune.compression.variant import Variant, pack_bits, unpack_bits
+from autoprune.compression.variant import Variant
 from autoprune.policy import Action
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from autoprune.compression.method import CompressionMethod, Settings
 from autoprune.compression.storage import Storage
+from autoprune.compression.structured import StructuredMethod
 from autoprune.errors import MethodError, PluginError, PolicyError, unknown_name
 from autoprune.models.statistics import STATISTICS
 from autoprune.policy import Action, Layer, Policy, Step
@@ -29,6 +30,11 @@ class Actions:
         if step.method not in self.methods:
             raise PolicyError(unknown_name("method", step.method, self.methods))
         return self.methods[step.method]
+
+    def is_structured(self, action: Action) -> bool:
+        """Tell whether the first step acts on all layers of a site together."""
+        first = action.steps[:1]
+        return any(isinstance(self.method(step), StructuredMethod) for step in first)
 
     def settings(self, step: Step) -> Settings:
         """Complete the parameters of a step.

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from autoprune.compression.actions import Actions
 from autoprune.compression.apply import StitchedModel
+from autoprune.compression.making import Making
 from autoprune.compression.method import Source
 from autoprune.compression.store import VariantStore
 from autoprune.compression.variant import Variant
-from autoprune.errors import AutoPruneError, PluginError, StoreError
+from autoprune.errors import PluginError, StoreError
 from autoprune.models.blocks import BlockRunner
 from autoprune.models.inputs import OnInput
 from autoprune.models.layers import Inventory
 from autoprune.models.statistics import NO_STATISTICS, Gathering, InputStatistics
 from autoprune.models.text import TokenWindows
-from autoprune.policy import Action, Layer, Step, digest
+from autoprune.policy import Action, Layer, Site, Step, digest
 
 Pairs = Iterable[tuple[Layer, Action]]
 
@@ -123,10 +124,11 @@ class VariantBank:
         missing = self.missing(wanted)
         for pair in missing:
             self.actions.storage(*pair)  # refusals speak before anything is computed
-        plain = [pair for pair in missing if not self.actions.needs(pair[1])]
+        plain = [pair for pair in missing if not self._is_streamed(pair[1])]
+        making = Making(self.actions)
         for layer, actions in _by_layer(plain).items():
-            self._make_group((layer,), actions, NO_STATISTICS)
-        streamed = [pair for pair in missing if self.actions.needs(pair[1])]
+            self._make_group(making, (layer,), actions, NO_STATISTICS)
+        streamed = [pair for pair in missing if self._is_streamed(pair[1])]
         if streamed:
             self.stitched.claim(self.name)
             before = dict(self.stitched.actions)
@@ -173,7 +175,8 @@ class VariantBank:
         for layer, action in self.reference.items():
             if layer.block is None and action.steps:
                 if self.missing([(layer, action)]):
-                    self._make_group((layer,), [action], NO_STATISTICS)
+                    making = Making(self.actions)
+                    self._make_group(making, (layer,), [action], NO_STATISTICS)
                 variant = self._read(layer, action)
                 self.stitched.write(layer, action, variant.weight)
 
@@ -181,31 +184,63 @@ class VariantBank:
         needs: dict[str, set[str]] = {}
         widths: dict[str, int] = {}
         for layer, action in pairs:
-            if layer.input is not None:
-                needs.setdefault(layer.input, set()).update(self.actions.needs(action))
-                widths[layer.input] = layer.shape[1]
+            whole = self.actions.is_structured(action)
+            for one in self.inventory.group_of(layer).layers if whole else (layer,):
+                if one.input is not None:
+                    needed = self.actions.needs(action)
+                    needs.setdefault(one.input, set()).update(needed)
+                    widths[one.input] = one.shape[1]
         return {name: Gathering(need, widths[name]) for name, need in needs.items()}
 
     def _make_block(
         self, wanted: Mapping[Layer, list[Action]], gatherings: Mapping[str, Gathering]
     ) -> None:
         """Make a block's variants; layers that share input and actions go together."""
+        making = Making(self.actions)
+        for (group, _), steps in self._structured(wanted).items():
+            names = {layer.input for layer in group.layers if layer.input is not None}
+            known = {name: gatherings[name].result() for name in names}
+            making.start(self._dense(group.layers), list(steps), known)
         groups: dict[tuple[str | None, tuple[Action, ...]], list[Layer]] = {}
         for layer, wished in wanted.items():
             groups.setdefault((layer.input, tuple(wished)), []).append(layer)
         for (name, actions), layers in groups.items():
             statistics = gatherings[name].result() if name else NO_STATISTICS
-            self._make_group(tuple(layers), actions, statistics)
+            self._make_group(making, tuple(layers), actions, statistics)
+
+    def _structured(
+        self, wanted: Mapping[Layer, list[Action]]
+    ) -> dict[tuple[Site, str], dict[Step, None]]:
+        """Name the first steps that act on whole sites, by site and method."""
+        found: dict[tuple[Site, str], dict[Step, None]] = {}
+        for layer, actions in wanted.items():
+            for action in actions:
+                if self.actions.is_structured(action):
+                    first = action.steps[0]
+                    place = self.inventory.group_of(layer), first.method
+                    found.setdefault(place, {})[first] = None
+        return found
+
+    def _is_streamed(self, action: Action) -> bool:
+        return bool(self.actions.needs(action)) or self.actions.is_structured(action)
+
+    def _dense(self, layers: Sequence[Layer]) -> list[Source]:
+        weights = [self.stitched.dense_weight(layer) for layer in layers]
+        return [
+            Source(layer, Variant.dense(weight), weight)
+            for layer, weight in zip(layers, weights, strict=True)
+        ]
 
     def _make_group(
         self,
+        making: Making,
         layers: tuple[Layer, ...],
         actions: Sequence[Action],
         statistics: InputStatistics,
     ) -> None:
-        dense = [Variant.dense(self.stitched.dense_weight(layer)) for layer in layers]
         tails = {action: action.steps for action in actions}
-        for action, variants in self._grow(layers, dense, tails, statistics).items():
+        made = making.grow(self._dense(layers), tails, statistics)
+        for action, variants in made.items():
             for layer, variant in zip(layers, variants, strict=True):
                 declared = self.actions.storage(layer, action)
                 if variant.storage != declared:  # sizes would be wrong
@@ -215,57 +250,6 @@ class VariantBank:
                     )
                 about = f"{layer.name}: {action}"
                 self.store.put(self.key(layer, action), variant, about=about)
-
-    def _grow(
-        self,
-        layers: tuple[Layer, ...],
-        variants: Sequence[Variant],
-        tails: Mapping[Action, tuple[Step, ...]],
-        statistics: InputStatistics,
-    ) -> dict[Action, list[Variant]]:
-        """Do the first of the steps that are left, then the others on what it gives.
-
-        Actions that begin alike share their first steps, and one call of a method
-        serves all of its settings.
-        """
-        done = {a: list(variants) for a, steps in tails.items() if not steps}
-        steps = dict.fromkeys(steps[0] for steps in tails.values() if steps)
-        sources = [Source(la, v) for la, v in zip(layers, variants, strict=True)]
-        for name in dict.fromkeys(step.method for step in steps):
-            same = [step for step in steps if step.method == name]
-            made = self._compress(same, sources, statistics)
-            for index, step in enumerate(same):
-                rest = {a: t[1:] for a, t in tails.items() if t and t[0] == step}
-                grown = [by_setting[index] for by_setting in made]
-                done |= self._grow(layers, grown, rest, statistics)
-        return done
-
-    def _compress(
-        self,
-        steps: Sequence[Step],
-        sources: Sequence[Source],
-        statistics: InputStatistics,
-    ) -> list[list[Variant]]:
-        """Call a plugin's method; what it did not foresee is named."""
-        method = self.actions.method(steps[0])
-        settings = [self.actions.settings(step) for step in steps]
-        names = ", ".join(source.layer.name for source in sources)
-        where = f"{names} under {' and '.join(map(str, steps))}"
-        who = f"method {method.name!r} of {type(method).__module__}"
-        try:
-            made = method.compress(sources, statistics, settings)
-        except AutoPruneError:
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise PluginError(f"{who} failed on {where}: {reason}") from error
-        counts = [len(variants) for variants in made]
-        if counts != [len(steps)] * len(sources):
-            raise PluginError(
-                f"{who} gave {counts} variants for {where}; expected {len(steps)} for "
-                f"each of {len(sources)} layers"
-            )
-        return made
 
     def _read(self, layer: Layer, action: Action) -> Variant:
         variant = self.store.get(self.key(layer, action))

@@ -35,9 +35,9 @@ def grid_of_range(
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     steps = 2**bits - 1
     if symmetric:
-        scale = _round_up(torch.maximum(-low, high) / (steps / 2), dtype)
+        scale = round_up(torch.maximum(-low, high) / (steps / 2), dtype)
         return scale, torch.full_like(scale, 2 ** (bits - 1))
-    scale = _round_up(high / steps - low / steps, dtype)
+    scale = round_up(high / steps - low / steps, dtype)
     return scale, (-low / scale).round_().clamp_(0, steps)
 
 
@@ -72,7 +72,7 @@ def nearest_codes(
     return codes.clamp_(0, 2**bits - 1).to(torch.uint8).view(weight.shape)
 
 
-def _round_up(
+def round_up(
     scale: Float[Tensor, "*shape"], dtype: torch.dtype
 ) -> Float[Tensor, "*shape"]:
     """Round to the type, upwards; 1 where all weights of a group are zeros."""

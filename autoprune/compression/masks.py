@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from autoprune.compression.method import keep_of
+from autoprune.compression.storage import Tile
 
 SORT_FROM = 16
 """Size of N:M groups from which sorting beats comparing every pair (measured)."""
@@ -74,6 +75,48 @@ def kept_by_sparsity(
     compared = scores if per == "row" else scores.reshape(1, -1)
     count = pruned_count(compared.shape[1], sparsity)
     return ~smallest(compared, count).view(scores.shape)
+
+
+def kept_by_tiles(
+    scores: Float[Tensor, "rows columns"], sparsity: float, tile: Tile, *, per: str
+) -> Bool[Tensor, "out in"]:
+    """Mark the weights to keep when a fraction of all tiles is removed.
+
+    Args:
+        scores: Importance of each tile; larger is kept, earlier equals go first.
+        sparsity: Fraction of the tiles to remove, in [0, 1].
+        tile: Rows and columns of a tile.
+        per: ``row``: the same count of every row of tiles; ``layer``: all compete.
+
+    Example:
+        >>> kept_by_tiles(torch.tensor([[3.0, 1.0]]), 0.5, (1, 2), per="row")
+        tensor([[ True,  True, False, False]])
+    """
+    rows, columns = tile
+    kept = kept_by_sparsity(scores, sparsity, per=per)[:, None, :, None]
+    full = kept.expand(-1, rows, -1, columns)
+    return full.reshape(scores.shape[0] * rows, scores.shape[1] * columns)
+
+
+def in_tiles(
+    weight: Float[Tensor, "out in"], tile: Tile
+) -> Float[Tensor, "rows columns size"]:
+    """Line up the weights of each tile, for whatever sums them to a score.
+
+    In float64: sums of equal tiles are then equal, wherever the tiles lie, and ties are
+    decided by position.
+
+    Args:
+        weight: Weights, or importance of each.
+        tile: Rows and columns of a tile, which divide the matrix.
+
+    Example:
+        >>> in_tiles(torch.arange(8.0).view(2, 4), (2, 2)).int().tolist()
+        [[[0, 1, 4, 5], [2, 3, 6, 7]]]
+    """
+    rows, columns = tile
+    cut = weight.double().view(weight.shape[0] // rows, rows, -1, columns)
+    return cut.transpose(1, 2).reshape(cut.shape[0], cut.shape[2], rows * columns)
 
 
 def kept_by_pattern(

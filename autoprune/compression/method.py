@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from autoprune.compression.storage import Storage
 from autoprune.compression.variant import Variant
 from autoprune.errors import MethodError, unknown_name
@@ -110,10 +112,13 @@ class Source:
     Attributes:
         layer: The layer.
         variant: Its weight, mask, codes so far. Never written to.
+        dense: Its weight before the first step, for methods that bring weights back;
+            None where nobody has it. Never written to.
     """
 
     layer: Layer
     variant: Variant
+    dense: Tensor | None = None
 
 
 class CompressionMethod(ABC):
@@ -131,6 +136,7 @@ class CompressionMethod(ABC):
         needs: Statistics of a layer's inputs that ``compress`` reads:
             ``input_norm``, ``hessian``, or none.
         parameters: What an action may set.
+        kinds: Kinds of sites that it acts on as a whole; empty if it may act anywhere.
     """
 
     name: ClassVar[str]
@@ -138,6 +144,7 @@ class CompressionMethod(ABC):
     reference: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     parameters: ClassVar[tuple[Parameter, ...]] = ()
+    kinds: ClassVar[frozenset[str]] = frozenset()
 
     def check(self, params: Mapping[str, Value]) -> Settings:
         """Complete and check the parameters of a step.

@@ -6,9 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from autoprune.compression.masks import pruned_count
+from autoprune.compression.masks import (
+    kept_by_pattern,
+    kept_by_sparsity,
+    kept_by_tiles,
+    pruned_count,
+)
 from autoprune.compression.method import Parameter, Settings, Source, keep_of
 from autoprune.compression.storage import BITMAP, Storage
+from autoprune.compression.tiles import refuse_tiles, tile_of
+from autoprune.compression.variant import Variant
 from autoprune.errors import MethodError
 from autoprune.models.statistics import InputStatistics
 from autoprune.policy import Layer
@@ -33,6 +40,8 @@ DAMPING = Parameter(
     1,
 )
 
+LOW_RANK_IS_LAST = "it already has low-rank factors: they are the last step"
+
 
 def check_sparsity_or_pattern(method: str, settings: Settings) -> Settings:
     """Return the settings if they name exactly one of ``sparsity`` and ``pattern``.
@@ -52,6 +61,8 @@ def check_sparsity_or_pattern(method: str, settings: Settings) -> Settings:
 
 def refuse_pruning(layer: Layer, previous: Storage, settings: Settings) -> str | None:
     """Say why a layer cannot be pruned, or None if it can."""
+    if previous.low_rank is not None:
+        return LOW_RANK_IS_LAST
     if previous.bits is not None:
         return f"already quantized to {previous.bits} bits: prune before quantizing"
     if previous.mask is not None:
@@ -60,7 +71,7 @@ def refuse_pruning(layer: Layer, previous: Storage, settings: Settings) -> str |
             "prune once, as far as wanted"
         )
     if settings["pattern"] is None:
-        return None
+        return refuse_tiles(layer, settings)
     _, of = keep_of(settings["pattern"])
     columns = layer.shape[1]
     if columns < of:
@@ -74,8 +85,12 @@ def refuse_quantization(
     layer: Layer, previous: Storage, settings: Settings
 ) -> str | None:
     """Say why a layer cannot be quantized, or None if it can."""
+    if previous.low_rank is not None:
+        return LOW_RANK_IS_LAST
     if previous.bits is not None:
         return f"already quantized to {previous.bits} bits: quantize once"
+    if previous.kept == 0 and previous.low_rank is None:
+        return "nothing is left to quantize: every weight is removed"
     group, columns = settings["group"], layer.shape[1]
     if group is not None and columns % group:
         return f"group {group} does not divide its {columns} inputs"
@@ -92,17 +107,41 @@ def refuse_without_input(layer: Layer) -> str | None:
 def pruned_storage(previous: Storage, settings: Settings) -> Storage:
     """Declare what is stored after pruning by ``sparsity`` or ``pattern``.
 
-    ``per=row`` counts in every row, anything else in the whole layer.
+    ``per=row`` counts in every row, or row of tiles; anything else in the whole layer.
     """
     if settings["pattern"] is not None:
         keep, of = keep_of(settings["pattern"])
         return previous.masked(previous.numel // of * keep, settings["pattern"])
-    rows, columns = previous.shape
+    high, wide = tile_of(previous.shape, settings)
+    rows, columns = previous.shape[0] // high, previous.shape[1] // wide
     if settings.get("per") == "row":
         removed = rows * pruned_count(columns, settings["sparsity"])
     else:
-        removed = pruned_count(previous.numel, settings["sparsity"])
-    return previous.masked(previous.numel - removed, BITMAP)
+        removed = pruned_count(rows * columns, settings["sparsity"])
+    mask = f"{high}x{wide}" if settings.get("tile") else BITMAP
+    return previous.masked(previous.numel - removed * high * wide, mask)
+
+
+def pruned_variant(
+    source: Source, scores: Float[Tensor, "rows columns"], settings: Settings
+) -> Variant:
+    """Remove what has the smallest scores, as ``pruned_storage`` declares it.
+
+    Args:
+        source: The layer; what is kept of it stays as it is.
+        scores: Importance of each weight, or of each tile where ``settings`` name one.
+        settings: ``sparsity`` or ``pattern``, ``per`` and perhaps ``tile``.
+    """
+    variant, pattern = source.variant, settings["pattern"]
+    if pattern is not None:
+        kept = kept_by_pattern(scores, pattern)
+    elif settings.get("tile"):
+        high, wide = tile_of(variant.storage.shape, settings)
+        pattern, sparsity = f"{high}x{wide}", settings["sparsity"]
+        kept = kept_by_tiles(scores, sparsity, (high, wide), per=settings["per"])
+    else:
+        kept = kept_by_sparsity(scores, settings["sparsity"], per=settings["per"])
+    return variant.pruned(variant.weight, kept, pattern=pattern)
 
 
 def quantized_storage(previous: Storage, settings: Settings) -> Storage:
@@ -143,6 +182,41 @@ def finite_input_norm(
         MethodError: If it is missing, has another size or holds NaN or infinity.
     """
     return _checked(statistics.square_sum, "sum of squares", sources).sqrt()
+
+
+def finite_input_abs_mean(
+    sources: Sequence[Source], statistics: InputStatistics
+) -> Float[Tensor, " in"]:
+    """Give the mean size of each input over all tokens.
+
+    Raises:
+        MethodError: If it is missing, has another size or holds NaN or infinity.
+    """
+    total = _checked(statistics.abs_sum, "sum of sizes", sources)
+    return total / max(statistics.tokens, 1)
+
+
+def finite_input_max(
+    sources: Sequence[Source], statistics: InputStatistics
+) -> Float[Tensor, " in"]:
+    """Give the largest size of each input over all tokens.
+
+    Raises:
+        MethodError: If it is missing, has another size or holds NaN or infinity.
+    """
+    return _checked(statistics.abs_max, "largest size", sources)
+
+
+def finite_input_mean(
+    sources: Sequence[Source], statistics: InputStatistics
+) -> Float[Tensor, " in"]:
+    """Give the mean of each input over all tokens.
+
+    Raises:
+        MethodError: If it is missing, has another size or holds NaN or infinity.
+    """
+    total = _checked(statistics.input_sum, "sum", sources)
+    return total / max(statistics.tokens, 1)
 
 
 def _checked(found: Tensor | None, what: str, sources: Sequence[Source]) -> Tensor:

@@ -4,12 +4,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from autoprune.compression.storage import BITMAP, Storage, packed_bytes
+from autoprune.compression.codebooks import (
+    decode,
+    scales_from_bytes,
+    scales_to_bytes,
+)
+from autoprune.compression.formats import FORMATS, INTEGERS
+from autoprune.compression.packing import pack_bits, unpack_bits
+from autoprune.compression.selection import (
+    pack_mask,
+    scatter,
+    take,
+    unpack_mask,
+)
+from autoprune.compression.storage import BITMAP, Storage
+
+Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
+"""Two matrices of low rank, in the order of their product."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,17 +35,27 @@ class Variant:
         storage: What it stores when packed.
         values: Unquantized weights, ``+0.0`` where pruned; None when quantized.
         codes: Codes, 0 where pruned; None without quantization.
-        scales: Step of each row and group, in the layer's type.
-        zeros: Code that means zero, per row and group; None when symmetric.
+        scales: Step of each row and group, in the layer's type, or in float32 where
+            one byte is stored; None if only the tensor has one.
+        zeros: Code that means zero, per row and group; need not be whole where the
+            format has float zero points; None when symmetric.
         mask: True where a weight is kept; None if all are.
+        tensor_scale: Step of the whole tensor, in float32; None if there is none.
+        channel_scales: What each input's weights were multiplied by before they were
+            rounded, in the layer's type; None if by nothing.
+        low_rank: Two factors, in the layer's type, whose product is added; None if
+            there are none.
     """
 
     storage: Storage
     values: Float[Tensor, "out in"] | None = None
     codes: UInt8[Tensor, "out in"] | None = None
     scales: Float[Tensor, "out groups"] | None = None
-    zeros: UInt8[Tensor, "out groups"] | None = None
+    zeros: UInt8[Tensor, "out groups"] | Float[Tensor, "out groups"] | None = None
     mask: Bool[Tensor, "out in"] | None = None
+    tensor_scale: Float[Tensor, " 1"] | None = None
+    channel_scales: Float[Tensor, " in"] | None = None
+    low_rank: Factors | None = None
 
     @classmethod
     def dense(cls, weight: Float[Tensor, "out in"]) -> Self:
@@ -45,34 +70,47 @@ class Variant:
         kept: Bool[Tensor, "out in"],
         *,
         pattern: str | None = None,
+        units: int | None = None,
     ) -> "Variant":
         """Give the variant with a new weight, stored only where ``kept`` is True.
 
         Args:
             weight: Unquantized weight, in any float type; rounded to the layer's type.
             kept: True where a weight stays.
-            pattern: The ``N:M`` pattern that ``kept`` follows; None for any other.
+            pattern: ``N:M`` or ``RxC`` tiles that ``kept`` follows; None for neither.
+            units: How many units are kept, if all layers of the site keep the same.
         """
         dtype = getattr(torch, self.storage.dtype)
         values = torch.where(kept, weight.to(dtype), torch.zeros((), dtype=dtype))
-        storage = self.storage.masked(int(kept.sum()), pattern or BITMAP)
+        count = int(kept.sum())
+        storage = self.storage.masked(count, pattern or BITMAP, units=units)
         return Variant(storage, values=values, mask=kept)
 
     def quantized(
         self,
         codes: UInt8[Tensor, "out in"],
-        scales: Float[Tensor, "out groups"],
-        zeros: UInt8[Tensor, "out groups"] | None,
+        scales: Float[Tensor, "out groups"] | None,
+        zeros: UInt8[Tensor, "out groups"] | Float[Tensor, "out groups"] | None,
         *,
         bits: int,
         group: int | None,
+        code: str = INTEGERS,
+        tensor_scale: Float[Tensor, " 1"] | None = None,
+        channel_scales: Float[Tensor, " in"] | None = None,
     ) -> "Variant":
         """Give the variant with codes in the place of values; the mask stays.
 
-        A weight is ``(code - zero) * scale``; ``zero`` is ``2**(bits - 1)`` when
-        ``zeros`` is None.
+        A weight is ``(code - zero) * scale / channel_scale``; ``zero`` is
+        ``2**(bits - 1)`` when ``zeros`` is None. Where ``code`` names a code book, what
+        the code means there is multiplied by ``scale`` and ``tensor_scale``.
         """
-        storage = self.storage.quantized(bits, group, zeros is None)
+        storage = self.storage.quantized(
+            bits,
+            group,
+            zeros is None,
+            code=code,
+            channel_scales=channel_scales is not None,
+        )
         if self.mask is not None:
             codes = codes * self.mask
         dtype = getattr(torch, self.storage.dtype)
@@ -81,151 +119,145 @@ class Variant:
             storage=storage,
             values=None,
             codes=codes,
-            scales=scales.to(dtype),
+            scales=_stored_scales(scales, storage),
             zeros=zeros,
+            tensor_scale=tensor_scale,
+            channel_scales=None if channel_scales is None else channel_scales.to(dtype),
         )
+
+    def factored(self, factors: Factors, *, alone: bool = False) -> "Variant":
+        """Give the variant with a product of two factors added, or in its place.
+
+        Args:
+            factors: In any float type; rounded to the layer's type.
+            alone: True if nothing of the variant stays.
+        """
+        dtype = getattr(torch, self.storage.dtype)
+        left, right = (factor.to(dtype).contiguous() for factor in factors)
+        storage = self.storage.factored(left.shape[1], alone=alone)
+        if alone:
+            return Variant(storage, low_rank=(left, right))
+        return replace(self, storage=storage, low_rank=(left, right))
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight that the model computes with, in the layer's type."""
+        if self.low_rank is None:
+            return self.base
+        left, right = (factor.float() for factor in self.low_rank)
+        product = left @ right
+        if not self.storage.is_factored_alone:
+            product = product + self.base.float()
+        dtype: torch.dtype = getattr(torch, self.storage.dtype)
+        return product.to(dtype)
+
+    @property
+    def base(self) -> Float[Tensor, "out in"]:
+        """The weight without low-rank factors: exact zeros where pruned."""
         if self.values is not None:
             return self.values
-        assert self.codes is not None and self.scales is not None
-        assert self.storage.bits is not None
-        rows, columns = self.storage.shape
-        groups = self.scales.shape[1]
-        codes = self.codes.view(rows, groups, columns // groups).float()
-        if self.zeros is None:
-            codes = codes - 2 ** (self.storage.bits - 1)
-        else:
-            codes = codes - self.zeros[..., None].float()
-        weight = (codes * self.scales[..., None].float()).view(rows, columns)
+        weight = self._steps()
+        if self.scales is not None:
+            weight = weight * self.scales[..., None].float()
+        if self.tensor_scale is not None:
+            weight = weight * self.tensor_scale
+        weight = weight.view(self.storage.shape)
+        if self.channel_scales is not None:
+            weight = weight / self.channel_scales.float()
         if self.mask is not None:
             weight = torch.where(self.mask, weight, 0.0)
-        return weight.to(self.scales.dtype)
+        dtype: torch.dtype = getattr(torch, self.storage.dtype)
+        return weight.to(dtype)
+
+    def _steps(self) -> Float[Tensor, "out groups size"]:
+        """Give what codes mean, before any scale."""
+        storage = self.storage
+        assert self.codes is not None and storage.bits is not None
+        codes = self.codes.view(storage.shape[0], storage.groups, -1)
+        if FORMATS[storage.code].values:
+            return decode(codes, FORMATS[storage.code])
+        if self.zeros is None:
+            return codes.float() - (1 << (storage.bits - 1))
+        return codes.float() - self.zeros[..., None].float()
 
     def pack(self) -> dict[str, Tensor]:
         """Give the tensors that are stored, as ``storage.parts`` declares them."""
         storage, parts = self.storage, {}
+        if self.low_rank is not None:
+            parts["low_rank_a"], parts["low_rank_b"] = self.low_rank
+        if storage.is_factored_alone:
+            return parts
         if self.values is not None:
-            parts["values"] = _take(self.values, self.mask)
+            parts["values"] = take(self.values, self.mask)
         else:
-            assert self.codes is not None and self.scales is not None
-            assert storage.bits is not None
+            assert self.codes is not None and storage.bits is not None
             parts["codes"] = pack_bits(
-                _take(self.codes, self.mask).flatten(), storage.bits
+                take(self.codes, self.mask).flatten(), storage.bits
             )
-            parts["scales"] = self.scales.contiguous()
-            if self.zeros is not None:
-                parts["zeros"] = pack_bits(self.zeros.flatten(), storage.bits)
+            parts |= self._pack_scales(storage.bits)
         if self.mask is not None:
-            parts["mask"] = _pack_mask(self.mask, storage)
+            parts["mask"] = pack_mask(self.mask, storage)
+        return parts
+
+    def _pack_scales(self, bits: int) -> dict[str, Tensor]:
+        form, parts = FORMATS[self.storage.code], {}
+        if self.scales is not None:
+            full = self.scales.contiguous()
+            layer = form.scales == "layer"
+            parts["scales"] = full if layer else scales_to_bytes(full, form.scales)
+        if self.zeros is not None:
+            whole = not form.float_zeros
+            zeros = self.zeros.contiguous()
+            parts["zeros"] = pack_bits(zeros.flatten(), bits) if whole else zeros
+        if self.tensor_scale is not None:
+            parts["tensor_scale"] = self.tensor_scale
+        if self.channel_scales is not None:
+            parts["channel_scales"] = self.channel_scales
         return parts
 
     @classmethod
     def unpack(cls, storage: Storage, parts: Mapping[str, Tensor]) -> Self:
         """Read a variant from its stored tensors."""
         shape, dtype = storage.shape, getattr(torch, storage.dtype)
-        mask = _unpack_mask(parts["mask"], storage) if storage.mask else None
+        low_rank = None
+        if storage.low_rank is not None:
+            low_rank = parts["low_rank_a"], parts["low_rank_b"]
+        if storage.is_factored_alone:
+            return cls(storage, low_rank=low_rank)
+        mask = unpack_mask(parts["mask"], storage) if storage.mask else None
         if storage.bits is None:
-            values = parts["values"].view(dtype)
-            return cls(storage, values=_scatter(values, mask, shape), mask=mask)
+            values = scatter(parts["values"].view(dtype), mask, shape)
+            return cls(storage, values=values, mask=mask, low_rank=low_rank)
         codes = unpack_bits(parts["codes"], storage.bits, storage.kept)
-        zeros = None
-        if not storage.symmetric:
-            count = shape[0] * storage.groups
-            zeros = unpack_bits(parts["zeros"], storage.bits, count)
-            zeros = zeros.view(shape[0], storage.groups)
         return cls(
             storage,
-            codes=_scatter(codes, mask, shape),
-            scales=parts["scales"].view(dtype),
-            zeros=zeros,
+            codes=scatter(codes, mask, shape),
             mask=mask,
+            low_rank=low_rank,
+            **_unpack_scales(storage, parts),
         )
 
 
-def pack_bits(numbers: UInt8[Tensor, " n"], bits: int) -> UInt8[Tensor, " bytes"]:
-    """Pack small numbers without gaps, least significant bit first.
-
-    Example:
-        >>> pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist()
-        [33, 3]
-    """
-    words = np.zeros((numbers.numel() + 7) // 8 * 8, dtype="<u8")
-    words[: numbers.numel()] = numbers.numpy()
-    shifts = np.arange(8, dtype="<u8") * np.uint64(bits)
-    packed = (words.reshape(-1, 8) << shifts).sum(1, dtype="<u8").view(np.uint8)
-    packed = packed.reshape(-1, 8)[:, :bits].ravel()  # 8 numbers fill ``bits`` bytes
-    return torch.from_numpy(packed[: packed_bytes(numbers.numel(), bits)].copy())
+def _stored_scales(
+    scales: Float[Tensor, "out groups"] | None, storage: Storage
+) -> Float[Tensor, "out groups"] | None:
+    """Round scales to the layer's type; those of one byte come rounded."""
+    if scales is None or FORMATS[storage.code].scales != "layer":
+        return scales
+    return scales.to(getattr(torch, storage.dtype))
 
 
-def unpack_bits(
-    packed: UInt8[Tensor, " bytes"], bits: int, count: int
-) -> UInt8[Tensor, " n"]:
-    """Undo ``pack_bits`` for ``count`` numbers.
-
-    Example:
-        >>> unpack_bits(torch.tensor([33, 3], dtype=torch.uint8), 4, 3).tolist()
-        [1, 2, 3]
-    """
-    padded = np.zeros((count + 7) // 8 * bits, dtype=np.uint8)
-    padded[: packed.numel()] = packed.numpy()
-    words = np.zeros((len(padded) // bits, 8), dtype=np.uint8)
-    words[:, :bits] = padded.reshape(-1, bits)
-    shifts = np.arange(8, dtype="<u8") * np.uint64(bits)
-    numbers = (words.view("<u8") >> shifts) & np.uint64(2**bits - 1)
-    return torch.from_numpy(numbers.astype(np.uint8).ravel()[:count])
-
-
-def _take(full: Tensor, mask: Bool[Tensor, "out in"] | None) -> Tensor:
-    """Take what is kept, row by row. Numpy has ten times torch's speed on a CPU."""
-    if mask is None:
-        return full.contiguous()
-    bits, kept = _as_integers(full).ravel(), np.flatnonzero(mask.numpy())
-    return torch.from_numpy(bits[kept]).view(full.dtype)
-
-
-def _scatter(
-    kept: Tensor, mask: Bool[Tensor, "out in"] | None, shape: tuple[int, int]
-) -> Tensor:
-    """Put what is kept in its place, zeros elsewhere; undoes ``_take``."""
-    if mask is None:
-        return kept.view(shape)
-    bits = _as_integers(kept)
-    full = np.zeros(shape[0] * shape[1], dtype=bits.dtype)
-    full[np.flatnonzero(mask.numpy())] = bits
-    return torch.from_numpy(full).view(kept.dtype).view(shape)
-
-
-def _as_integers(tensor: Tensor) -> np.ndarray:
-    """View numbers as integers of the same width: numpy has no bfloat16."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    view: np.ndarray = tensor.contiguous().view(integers[tensor.itemsize]).numpy()
-    return view
-
-
-def _pack_mask(mask: Bool[Tensor, "out in"], storage: Storage) -> Tensor:
-    bits = storage.index_bits
-    if not bits:
-        return torch.from_numpy(np.packbits(mask.numpy().ravel(), bitorder="little"))
-    positions = np.flatnonzero(mask.numpy()) % _of(storage)
-    return pack_bits(torch.from_numpy(positions.astype(np.uint8)), bits)
-
-
-def _unpack_mask(packed: Tensor, storage: Storage) -> Bool[Tensor, "out in"]:
-    bits = storage.index_bits
-    if not bits:
-        flat = np.unpackbits(packed.numpy(), count=storage.numel, bitorder="little")
-        return torch.from_numpy(flat.view(np.bool_)).view(storage.shape)
-    of = _of(storage)
-    positions = unpack_bits(packed, bits, storage.kept).numpy()
-    starts = np.arange(0, storage.numel, of)[:, None]
-    mask = np.zeros(storage.numel, dtype=np.bool_)
-    mask[(positions.reshape(len(starts), -1) + starts).ravel()] = True
-    return torch.from_numpy(mask).view(storage.shape)
-
-
-def _of(storage: Storage) -> int:
-    assert storage.mask is not None
-    return int(storage.mask.partition(":")[2])
+def _unpack_scales(
+    storage: Storage, parts: Mapping[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """Read all that turns codes into weights, as attributes of a variant."""
+    assert storage.bits is not None
+    form, shape = FORMATS[storage.code], (storage.shape[0], storage.groups)
+    scales, zeros = parts.get("scales"), parts.get("zeros")
+    if scales is not None and form.scales != "layer":
+        scales = scales_from_bytes(scales, form.scales)
+    if zeros is not None and not form.float_zeros:
+        count = shape[0] * shape[1]
+        zeros = unpack_bits(zeros, storage.bits, count).view(shape)
+    single = {name: parts.get(name) for name in ("tensor_scale", "channel_scales")}
+    return {"scales": scales, "zeros": zeros, **single}

@@ -9,7 +9,7 @@ FLOP_PER_WEIGHT = 2
 
 
 class GflopPerToken(Metric):
-    """Arithmetic of the kept weights for one token.
+    """Arithmetic of the kept weights, and of low-rank factors, for one token.
 
     What a kernel that skips every zero would compute: a floor, not a time. Attention's
     products of activations are not counted: no action here changes them.
@@ -29,7 +29,7 @@ class GflopPerToken(Metric):
         """Price a layer by what it computes for one token, on average."""
         if layer.input is None and scene.head_numel:
             return 0.0  # an embedding that is only looked up; tied, it is the head
-        return FLOP_PER_WEIGHT * storage.kept * layer.uses / 1e9
+        return FLOP_PER_WEIGHT * storage.stored * layer.uses / 1e9
 
     def total_limit(self, limit: float, scene: Scene) -> float:
         """Take off the output head."""

@@ -82,7 +82,7 @@ class Sparsity(Metric):
 
     def price(self, layer: Layer, storage: Storage, scene: Scene) -> float:
         """Price a layer by the weights it keeps."""
-        return 0.0 if layer.block is None else float(storage.kept)
+        return 0.0 if layer.block is None else float(storage.stored)
 
     def total_limit(self, limit: float, scene: Scene) -> float:
         """Turn a least sparsity into most kept weights."""
@@ -100,12 +100,12 @@ class ModelSparsity(Metric):
         """Count zeros by masks, not by values."""
         scene = evidence.scene
         numel = sum(layer.numel for layer in scene.layers)
-        kept = sum(storage.kept for storage in evidence.storages.values())
+        kept = sum(storage.stored for storage in evidence.storages.values())
         return (numel - kept) / (numel + self._others(scene))
 
     def price(self, layer: Layer, storage: Storage, scene: Scene) -> float:
         """Price a layer by the weights it keeps."""
-        return float(storage.kept)
+        return float(storage.stored)
 
     def total_limit(self, limit: float, scene: Scene) -> float:
         """Turn a least sparsity into most kept weights."""

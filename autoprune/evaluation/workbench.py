@@ -157,7 +157,7 @@ class Workbench:
 
     def per_layer(self, policy: Policy) -> dict[Layer, Action]:
         """Tell the action of every layer; sites that a policy lacks are an error."""
-        return policy.per_layer(self.inventory.sites)
+        return policy.per_layer(self.inventory.sites_for(policy))
 
     def storages(self, policy: Policy) -> dict[Layer, Storage]:
         """Declare what every layer stores under a policy; see ``measure``."""

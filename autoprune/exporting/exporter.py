@@ -110,6 +110,10 @@ class Exporter(ABC):
             tensors |= self.tensors(layer, storage)
         return safetensors_bytes(tensors, self.metadata())
 
+    def notes(self, storages: Mapping[Layer, Storage]) -> list[str]:
+        """Tell a user what a policy becomes in this format; by default nothing."""
+        return []
+
     def written_bytes(self, folder: Path) -> int:
         """Add up the weight files of an export: what ``size_bytes`` predicts."""
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

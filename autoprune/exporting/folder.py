@@ -203,6 +203,7 @@ def _about(
         "model": model,
         "target": exporter.name,
         "size_bytes": size_bytes,
+        "notes": exporter.notes(job.storages),
         "summary": _summary(job, policy),
     }
 
@@ -219,8 +220,9 @@ def _finite(data: Any) -> Any:
 def _summary(job: ExportJob, policy: Policy) -> list[dict[str, Any]]:
     """Count sites, layers and weights by action, the most weights first."""
     rows: dict[str, dict[str, Any]] = {}
-    actions = policy.per_layer(job.inventory.sites)
-    for site in job.inventory.sites:
+    sites = job.inventory.sites_for(policy)
+    actions = policy.per_layer(sites)
+    for site in sites:
         # A policy may name the layers of a site one by one.
         apart = [(layer,) for layer in site.layers]
         for layers in [site.layers] if site.name in policy else apart:

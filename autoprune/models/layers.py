@@ -5,7 +5,7 @@ Where a model family keeps its layers comes as a description from a plugin.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,10 @@ from typing import Any
 from torch import nn
 
 from autoprune.errors import ModelError, PolicyError, unknown_name
+from autoprune.models.architecture import Architecture as Architecture
+from autoprune.models.architecture import SiteRule as SiteRule
+from autoprune.models.architecture import StructureRule as StructureRule
+from autoprune.models.structures import groups_named, partition, with_structures
 from autoprune.models.weights import (
     MATRICES,
     dtype_name,
@@ -27,6 +31,7 @@ __all__ = [
     "Architecture",
     "Inventory",
     "SiteRule",
+    "StructureRule",
     "inventory",
     "read_weight",
     "untouched_parameters",
@@ -34,41 +39,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SiteRule:
-    """One site of every block.
-
-    Attributes:
-        name: Name of the site inside its block: ``qkv``.
-        layers: Paths relative to the block, of modules (``self_attn.q_proj``) or of
-            3-D parameters that hold one layer an expert (``mlp.experts.down_proj``).
-        one_input: True if all modules read the same activations, as q, k and v do.
-    """
-
-    name: str
-    layers: tuple[str, ...]
-    one_input: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """Where the blocks and sites of a model family are.
-
-    Attributes:
-        name: Unique, lower case.
-        model_types: Values of ``model.config.model_type`` that it describes.
-        blocks: Path of the ``nn.ModuleList`` of blocks: ``model.layers``.
-        sites: The sites of every block, in the block's order.
-        embedding: Path of the token embedding, a site of its own; None to leave it.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    blocks: str
-    sites: tuple[SiteRule, ...]
-    embedding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +51,8 @@ class Inventory:
         sites: The embedding if it is one, then every block's sites in order.
         notes: What a user should know of how the sites were found.
         tied: True if the head is the embedding's weight.
+        groups: Sites that may take the place of others: the channels of an MLP, the
+            heads of an attention, whole blocks.
     """
 
     architecture: str
@@ -88,6 +60,7 @@ class Inventory:
     sites: tuple[Site, ...]
     notes: tuple[str, ...] = ()
     tied: bool = False
+    groups: tuple[Site, ...] = ()
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -99,6 +72,28 @@ class Inventory:
         pairs = [(site, layer) for site in self.sites for layer in site.layers]
         sites = tuple(Site(site.part(la), (la,), site.kind) for site, la in pairs)
         return replace(self, sites=sites)
+
+    def sites_for(self, names: Collection[str]) -> tuple[Site, ...]:
+        """Give the sites, with the groups among the names in the place of their parts.
+
+        Raises:
+            PolicyError: If two of the groups overlap.
+        """
+        chosen = self._groups_by_name.keys() & names
+        return partition(self.sites, self.groups, chosen) if chosen else self.sites
+
+    def groups_named(self, globs: Collection[str]) -> set[str]:
+        """Find the groups that a glob asks for by their last name, as ``*.mlp``."""
+        return groups_named(self.groups, globs)
+
+    def group_of(self, layer: Layer) -> Site:
+        """Give the site of the structure that a layer is part of."""
+        kind = layer.cut.kind if layer.cut else None
+        return next(g for g in self.groups if g.kind == kind and layer in g.layers)
+
+    @cached_property
+    def _groups_by_name(self) -> dict[str, Site]:
+        return {group.name: group for group in self.groups}
 
     def layer(self, name: str) -> Layer:
         """Look up a layer; PolicyError, with near misses, if there is none."""
@@ -170,7 +165,9 @@ def _described(model: nn.Module, architecture: Architecture) -> Inventory:
             layers = tuple(_ruled(model, architecture, rule, index=index))
             sites.append(Site(f"blocks.{index}.{rule.name}", layers))
     paths = tuple(f"{architecture.blocks}.{index}" for index in range(len(blocks)))
-    return Inventory(architecture.name, paths, tuple(sites), (), _is_tied(model))
+    placed, groups, notes = with_structures(model, architecture, sites, len(blocks))
+    tied = _is_tied(model)
+    return Inventory(architecture.name, paths, placed, notes, tied, groups)
 
 
 def _ruled(

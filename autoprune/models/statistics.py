@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-STATISTICS = frozenset({"input_norm", "hessian"})
+STATISTICS = frozenset(
+    {"hessian", "input_abs_mean", "input_max", "input_norm", "input_sum"}
+)
 """What a method may need."""
 
 
@@ -23,11 +25,17 @@ class InputStatistics:
         square_sum: Sum of the squares of each input, that is the squared L2 norm of
             each column of ``X`` ``[tokens, in]``; None if not gathered.
         hessian: ``Xᵀ X``, not averaged and not doubled; None if not gathered.
+        abs_sum: Sum of the sizes of each input; None if not gathered.
+        abs_max: Largest size of each input; None if not gathered.
+        input_sum: Sum of each input; None if not gathered.
     """
 
     tokens: int
     square_sum: Float[Tensor, " in"] | None = None
     hessian: Float[Tensor, "in in"] | None = None
+    abs_sum: Float[Tensor, " in"] | None = None
+    abs_max: Float[Tensor, " in"] | None = None
+    input_sum: Float[Tensor, " in"] | None = None
 
 
 NO_STATISTICS = InputStatistics(0)
@@ -54,6 +62,9 @@ class Gathering:
         self.tokens = 0
         self.square_sum = torch.zeros(width) if "input_norm" in needs else None
         self.hessian = torch.zeros(width, width) if "hessian" in needs else None
+        self.abs_sum = torch.zeros(width) if "input_abs_mean" in needs else None
+        self.abs_max = torch.zeros(width) if "input_max" in needs else None
+        self.input_sum = torch.zeros(width) if "input_sum" in needs else None
 
     def add(self, inputs: Float[Tensor, "tokens in"]) -> None:
         """Add the activations of some tokens, in any float type."""
@@ -61,6 +72,12 @@ class Gathering:
         full = inputs.float()
         if self.square_sum is not None:
             self.square_sum += full.square().sum(0)
+        if self.input_sum is not None:
+            self.input_sum += full.sum(0)
+        if self.abs_sum is not None:
+            self.abs_sum += full.abs().sum(0)
+        if self.abs_max is not None and len(full):
+            self.abs_max = torch.maximum(self.abs_max, full.abs().amax(0))
         if self.hessian is not None:
             with exact_products(inputs):
                 self._add_products(full)
@@ -70,7 +87,14 @@ class Gathering:
         hessian = self.hessian
         if hessian is not None:
             hessian = hessian.triu() + hessian.triu(1).T
-        return InputStatistics(self.tokens, self.square_sum, hessian)
+        return InputStatistics(
+            self.tokens,
+            self.square_sum,
+            hessian,
+            abs_sum=self.abs_sum,
+            abs_max=self.abs_max,
+            input_sum=self.input_sum,
+        )
 
     def _add_products(self, inputs: Float[Tensor, "tokens in"]) -> None:
         """Add to the upper half of the Hessian, strip by strip; the rest repeats it."""

@@ -53,6 +53,7 @@ def model_card(about: Mapping[str, Any]) -> str:
         _opening(about, _shown(source)),
         "## What was done",
         _actions(about.get("summary", [])),
+        _notes(about.get("notes", []), str(about.get("target"))),
         "## Figures",
         _measured_on(about),
         _figures(about.get("figures", {})),
@@ -114,6 +115,11 @@ def _actions(summary: Sequence[Mapping[str, Any]]) -> str:
     return _table(
         ["Action", "Sites", "Layers", "Weights", "Stored bits a weight"], rows
     )
+
+
+def _notes(notes: Sequence[str], target: str) -> str:
+    """Tell what the export target made of the actions."""
+    return f"In the target `{target}`: {'; '.join(notes)}." if notes else ""
 
 
 def _measured_on(about: Mapping[str, Any]) -> str:
@@ -190,7 +196,7 @@ def _load(about: Mapping[str, Any]) -> str:
     tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
     return (
         f"```python\n{code}\n{tokenizer}\n```\n\n"
-        "Sizes are those of the file. Once loaded, every layer has its full size "
+        "Sizes are those of the file. Once loaded, every layer in it has its full size "
         "again: zeros and codes save neither memory nor time in transformers."
     )
 

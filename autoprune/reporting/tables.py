@@ -131,7 +131,8 @@ def exports_parts(reports: Sequence[Any]) -> list[str | Table]:
             for report in reports
             if (report.target if report.target in _LOADING else "") == target
         ]
-    return [exports_table(reports), "\n".join(lines)]
+    notes = [f"{report.target}: {note}" for report in reports for note in report.notes]
+    return [exports_table(reports), "\n".join([*notes, *lines])]
 
 
 _LOADING = {

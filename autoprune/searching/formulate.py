@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 
 from autoprune.compression.actions import Actions
+from autoprune.compression.structured import places
 from autoprune.config import ObjectiveConfig, Rule
 from autoprune.errors import (
     BudgetError,
@@ -44,7 +45,14 @@ def formulate(
         BudgetError: If no policy of the space meets a budget.
     """
     parsed = [(rule.sites, read_actions(bench.actions, rule)) for rule in rules]
-    space = build_space(bench.inventory.sites, parsed, partial(refusal, bench))
+    inventory = bench.inventory
+    try:
+        groups = inventory.groups_named({glob for glob, _ in parsed})
+        sites = inventory.sites_for(groups)
+    except PolicyError as error:
+        raise ConfigError(f"space: {error}") from error
+    kinds = {layer: site.kind for site in sites for layer in site.layers}
+    space = build_space(sites, parsed, partial(_refusal_at, bench, kinds))
     return priced(bench, space, budgets)
 
 
@@ -99,6 +107,17 @@ def refusal(bench: Workbench, layer: Layer, action: Action) -> str | None:
         storage = bench.actions.storage(layer, action)
         reason = bench.exporter.refuses(layer, storage)
     return reason
+
+
+def _refusal_at(
+    bench: Workbench, kinds: Mapping[Layer, str], layer: Layer, action: Action
+) -> str | None:
+    """Also say why a method that acts on whole sites cannot act on a part of one."""
+    for step in action.steps:
+        method = bench.actions.method(step)
+        if method.kinds and kinds[layer] not in method.kinds:
+            return f"{method.name} acts on whole sites. {places(method)}"
+    return refusal(bench, layer, action)
 
 
 def prices_in(bench: Workbench, space: SearchSpace, metric: Metric) -> Prices:

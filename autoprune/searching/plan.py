@@ -18,6 +18,7 @@ from autoprune.evaluation.reward import Reward
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
+from autoprune.searching.formulas import Formula
 from autoprune.searching.formulate import (
     SIZE,
     formulate,
@@ -84,6 +85,8 @@ class Plan:
         for rule in config.space:
             read_actions(Actions(plugins.methods), rule)
         reward = _reward(config, plugins)
+        names = dict.fromkeys(config.search.proposals)
+        formulas: list[Formula] = [plugins.get("formulas", name) for name in names]
         bench = Workbench.open(
             plugins,
             model=config.model,
@@ -96,11 +99,13 @@ class Plan:
         )
         _check_reward(config, bench, reward)
         problem = formulate(bench, config.space, config.objective.budgets)
-        found = plugins.notify("propose_policies", problem=problem)
+        found = plugins.notify("propose_policies", problem=problem, bench=bench)
         proposals = tuple(proposal for several in found for proposal in several)
+        reference = _reference(config, problem, proposals)
+        for formula in formulas:
+            proposals += tuple(formula.propose(problem, bench))
         filtered = _prefiltered(bench, problem, proposals) if config.prefilter else None
         problem = filtered.problem if filtered else problem
-        reference = _reference(config, problem, proposals)
         plan = cls(
             config,
             plugins,
@@ -160,10 +165,14 @@ class Plan:
         plan.check_store()
         return plan
 
-    def evaluator(self) -> LocalEvaluator:
-        """Make what measures the trials."""
+    def evaluator(self, seed: int | None = None) -> LocalEvaluator:
+        """Make what measures the trials, with the seed of the search or another."""
         return LocalEvaluator(
-            self.bench, self.bank, self.problem.space, reward=self.reward
+            self.bench,
+            self.bank,
+            self.problem.space,
+            reward=self.reward,
+            seed=self.config.search.seed if seed is None else seed,
         )
 
     @property
@@ -233,6 +242,11 @@ class Plan:
             "rungs": list(self.rungs),
             "pruner": config.search.pruner if self.rungs else "none",
             "seed": config.search.seed,
+            **(
+                {"proposals": config.search.proposals}
+                if config.search.proposals
+                else {}
+            ),
             "export": config.export,
             "compute_dtype": str(bench.compute_dtype).removeprefix("torch."),
             "methods": {name: m.version for name, m in _used(self).items()},

@@ -17,9 +17,17 @@ from torch import Tensor
 
 from autoprune.compression.actions import Actions
 from autoprune.compression.apply import StitchedModel
+from autoprune.compression.formats import FORMATS
 from autoprune.compression.grids import fit_grid, nearest_codes
-from autoprune.compression.masks import kept_by_pattern, smallest
+from autoprune.compression.masks import (
+    in_tiles,
+    kept_by_pattern,
+    kept_by_tiles,
+    smallest,
+)
+from autoprune.compression.rounding import round_to_codebook
 from autoprune.compression.storage import BITMAP, Storage
+from autoprune.compression.variant import Variant
 from autoprune.policy import Action, Layer
 from autoprune.searching.allocation import allocate
 from autoprune.searching.budget import Prices
@@ -186,30 +194,52 @@ def _error(
     """Give the relative error of the plainest way to store a layer like that."""
     if storage == Storage.dense(layer):
         return 0.0
-    some = weight[:: ceil(len(weight) / _ROWS)].float().contiguous()
+    # Tiles of several rows are whole only where no row is left out.
+    stride = ceil(len(weight) / _ROWS) if storage.tile[0] == 1 else 1
+    some = weight[::stride].float().contiguous()
     importance = some.abs() if squares is None else some.abs() * squares.sqrt()
     stored = some * _kept(importance, storage)
     if storage.bits is not None:
-        scales, zeros = fit_grid(
-            stored,
-            bits=storage.bits,
-            group=storage.group,
-            symmetric=storage.symmetric,
-            dtype=getattr(torch, storage.dtype),
-        )
-        codes = nearest_codes(stored, scales, zeros, bits=storage.bits).float()
-        grouped = codes.view(*scales.shape, -1)
-        stored = ((grouped - zeros[..., None]) * scales[..., None]).view(some.shape)
-    column = 1.0 if squares is None else squares
+        stored = _rounded(stored, storage)
+    column = torch.ones(()) if squares is None else squares
+    lost = (stored - some).square() * column
+    if storage.low_rank is not None:  # a share of the rows has that share of the rank
+        rank = round(storage.low_rank * len(some) / len(weight))
+        lost = torch.linalg.svdvals((stored - some) * column.sqrt())[rank:].square()
     whole = float((some.square() * column).sum())
-    return float(((stored - some).square() * column).sum()) / whole if whole else 0.0
+    return float(lost.sum()) / whole if whole else 0.0
+
+
+def _rounded(
+    weight: Float[Tensor, "some in"], storage: Storage
+) -> Float[Tensor, "some in"]:
+    """Round weights to the nearest numbers that the storage has codes for."""
+    plain = Variant.dense(weight)
+    if FORMATS[storage.code].values:
+        group = storage.group
+        return round_to_codebook(plain, weight, storage.code, group=group).weight
+    assert storage.bits is not None
+    scales, zeros = fit_grid(
+        weight,
+        bits=storage.bits,
+        group=storage.group,
+        symmetric=storage.symmetric,
+        dtype=getattr(torch, storage.dtype),
+    )
+    codes = nearest_codes(weight, scales, zeros, bits=storage.bits).float()
+    grouped = codes.view(*scales.shape, -1)
+    return ((grouped - zeros[..., None]) * scales[..., None]).view(weight.shape)
 
 
 def _kept(
     importance: Float[Tensor, "some in"], storage: Storage
 ) -> Bool[Tensor, "some in"]:
     if storage.mask is None:
-        return torch.ones_like(importance, dtype=torch.bool)
+        whole = torch.zeros_like if storage.is_factored_alone else torch.ones_like
+        return whole(importance, dtype=torch.bool)
+    if storage.tile != (1, 1):
+        scores = in_tiles(importance.square(), storage.tile).sum(2)
+        return kept_by_tiles(scores, storage.sparsity, storage.tile, per="layer")
     if storage.mask != BITMAP:
         return kept_by_pattern(importance, storage.mask)
     count = round(storage.sparsity * importance.numel())

@@ -22,11 +22,8 @@ class SiteSlopes:
     Attributes:
         slope: First-order change of the KL; 0 for the choice that stands.
         error: Standard error of the slope over windows.
-        curvature: Second-order change by the diagonal, at least 0. Without drawn labels
-            from the spread of the slope over windows: were what tokens pull at a weight
-            independent, its variance times the tokens of a window would be their mean
-            square, the empirical Fisher information. It costs nothing, and weighs most
-            where a slope is least certain.
+        curvature: Second-order change by the diagonal, at least 0; 0 where no labels
+            were drawn.
         windows: Of the fitness split, that the gradient was taken on.
     """
 
@@ -64,8 +61,6 @@ class SiteSlopes:
             table[0, row, :count] = kl.mean(0).numpy()
             if len(kl) > 1:
                 table[1, row, :count] = (kl.std(0) / len(kl) ** 0.5).numpy()
-                spread = found[0].positions * kl.var(0)
-                table[2, row, :count] = (spread / 2).numpy()
             if len(score):
                 table[2, row, :count] = (score.square().mean(0) / 2).numpy()
         return cls(table[0], table[1], table[2], tuple(windows))

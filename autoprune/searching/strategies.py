@@ -86,8 +86,7 @@ class SamplerFactory:
         slope_growth: Factor on them from one incumbent to the next: the first steps are
             large, and few tokens show the way; later ones are told from noise by more.
         most_slope_tokens: Where that growth ends.
-        draws: How often labels are drawn there for the curvature; 0 takes it from the
-            spread of the gradient over windows, which costs nothing.
+        draws: How often labels are drawn there for the curvature; 0 for none.
     """
 
     name: str
@@ -99,7 +98,7 @@ class SamplerFactory:
     slope_tokens: int = 1024
     slope_growth: float = 1.5
     most_slope_tokens: int = 4096
-    draws: int = 0
+    draws: int = 1
 
     def tokens_at(self, turn: int) -> int:
         """Give the tokens of a gradient, by how many were taken before."""

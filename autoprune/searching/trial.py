@@ -74,6 +74,7 @@ class LocalEvaluator(Evaluator):
         bank: Whose variants are used.
         space: The choices that slopes are wanted of.
         reward: Adds the column ``reward``, with its weights; None for none.
+        seed: Where in the split the windows of the first slopes begin.
     """
 
     SPLIT = "fitness"
@@ -85,11 +86,13 @@ class LocalEvaluator(Evaluator):
         space: SearchSpace,
         *,
         reward: tuple[Reward, dict[str, float]] | None = None,
+        seed: int = 0,
     ) -> None:
         self.bench = bench
         self.bank = bank
         self.space = space
         self._reward = reward
+        self._seed = seed
         self._memory: dict[str, Quality] = {}
         self._prefix = Prefix(bench.inventory)
         self._dense: dict[str, float] = {}
@@ -131,7 +134,8 @@ class LocalEvaluator(Evaluator):
         teacher = bench.teacher(self.SPLIT)
         total, length = teacher.windows.ids.shape
         count = min(total, max(1, round(tokens / length)))
-        windows = [(turn * count + i) % total for i in range(count)]
+        first = (self._seed + turn) * count
+        windows = [(first + i) % total for i in range(count)]
         self.bank.put(bench.per_layer(policy))
         variants = {
             layer: [self.bank.weight(layer, action) for action in choices]

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from autoprune.compression.masks import (
+    in_tiles,
     kept_by_pattern,
     kept_by_sparsity,
+    kept_by_tiles,
     kept_of_group,
     kth_smallest,
     pruned_count,
@@ -95,3 +97,54 @@ def test_groups_along_the_first_axis_are_the_same() -> None:
 def test_an_impossible_pattern_is_named() -> None:
     with pytest.raises(MethodError, match="found '4:4'"):
         kept_by_pattern(torch.ones(2, 8), "4:4")
+
+
+TILES = [(1, 1), (1, 8), (1, 48), (12, 1), (12, 48), (4, 3), (2, 16)]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("per", ["row", "layer"])
+@pytest.mark.parametrize("sparsity", [0.29, 0.5, 0.8])
+def test_tiles_are_kept_whole_in_exact_numbers(
+    tile: tuple[int, int], per: str, sparsity: float, rng: torch.Generator
+) -> None:
+    rows, columns = 12 // tile[0], 48 // tile[1]
+    # Few levels make ties: the count holds nevertheless.
+    scores = torch.randint(3, (rows, columns), generator=rng).double()
+    kept = in_tiles(kept_by_tiles(scores, sparsity, tile, per=per).float(), tile)
+    assert kept.shape == (rows, columns, tile[0] * tile[1])
+    assert torch.equal(kept.amin(2), kept.amax(2))
+    count = columns if per == "row" else rows * columns
+    kept_tiles = kept[..., 0].sum(1) if per == "row" else kept[..., 0].sum()
+    assert (kept_tiles == count - round(sparsity * count)).all()
+
+
+def test_of_equal_tiles_the_earlier_go_first() -> None:
+    kept = kept_by_tiles(torch.ones(2, 4), 0.5, (1, 2), per="row")
+    assert kept.tolist() == [[False] * 4 + [True] * 4] * 2
+    kept = kept_by_tiles(torch.ones(2, 4), 0.5, (2, 1), per="layer")
+    assert kept.tolist() == [[False] * 4] * 2 + [[True] * 4] * 2
+
+
+def test_tiles_of_one_weight_are_weights(rng: torch.Generator) -> None:
+    scores = torch.rand(6, 20, generator=rng)
+    for per in ("row", "layer"):
+        expected = kept_by_sparsity(scores, 0.35, per=per)
+        assert torch.equal(kept_by_tiles(scores, 0.35, (1, 1), per=per), expected)
+
+
+def test_tiles_are_lined_up_as_slices_show_them(rng: torch.Generator) -> None:
+    weight = torch.rand(6, 8, generator=rng)
+    for high, wide in [(2, 4), (3, 2), (6, 1), (1, 8)]:
+        found = in_tiles(weight, (high, wide))
+        for row in range(6 // high):
+            for column in range(8 // wide):
+                top, left = row * high, column * wide
+                expected = weight[top : top + high, left : left + wide]
+                assert torch.equal(found[row, column], expected.flatten().double())
+
+
+def test_equal_tiles_have_equal_sums_wherever_they_lie(rng: torch.Generator) -> None:
+    tile = torch.randn(16, 16, generator=rng)
+    sums = in_tiles(tile.repeat(5, 7), (16, 16)).sum(2)
+    assert (sums == sums[0, 0]).all()

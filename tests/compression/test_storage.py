@@ -50,3 +50,33 @@ def test_only_kept_weights_have_codes() -> None:
 )
 def test_packing_leaves_no_gaps(count: int, bits: int, size: int) -> None:
     assert packed_bytes(count, bits) == size
+
+
+@pytest.mark.parametrize(
+    ("mask", "tile", "mask_bytes"),
+    [
+        ("1x8", (1, 8), 4),
+        ("4x4", (4, 4), 2),
+        ("1x32", (1, 32), 1),  # rows
+        ("8x1", (8, 1), 4),  # columns
+        ("1x1", (1, 1), 32),
+    ],
+)
+def test_tiles_store_one_bit_each(
+    mask: str, tile: tuple[int, int], mask_bytes: int
+) -> None:
+    storage = DENSE.masked(128, mask)
+    assert (storage.tile, storage.index_bits) == (tile, 0)
+    assert storage.nbytes == 128 * 2 + mask_bytes
+    assert storage.parts["mask"] == Part("uint8", (mask_bytes,))
+
+
+@pytest.mark.parametrize("mask", [None, BITMAP, "2:4", "4:8"])
+def test_other_masks_have_no_tiles(mask: str | None) -> None:
+    storage = DENSE if mask is None else DENSE.masked(128, mask)
+    assert storage.tile == (1, 1)
+
+
+def test_tiles_have_to_fill_the_matrix() -> None:
+    with pytest.raises(AssertionError, match=r"3x4 do not fill \(8, 32\)"):
+        _ = DENSE.masked(128, "3x4").tile

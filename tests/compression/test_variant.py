@@ -1,24 +1,14 @@
 import pytest
 import torch
 
-from autoprune.compression.masks import kept_by_pattern, kept_by_sparsity
-from autoprune.compression.variant import Variant, pack_bits, unpack_bits
+from autoprune.compression.masks import (
+    kept_by_pattern,
+    kept_by_sparsity,
+    kept_by_tiles,
+)
+from autoprune.compression.variant import Variant
 
 SHAPES = [(2, 4), (3, 16), (8, 32), (5, 48)]
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 1001])
-def test_packing_can_be_undone(bits: int, count: int, rng: torch.Generator) -> None:
-    numbers = torch.randint(2**bits, (count,), generator=rng).byte()
-    packed = pack_bits(numbers, bits)
-    assert len(packed) == (count * bits + 7) // 8
-    assert torch.equal(unpack_bits(packed, bits, count), numbers)
-
-
-def test_the_least_significant_bit_comes_first() -> None:
-    assert pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist() == [33, 3]
-    assert pack_bits(torch.tensor([5, 1], dtype=torch.uint8), 3).tolist() == [13]
 
 
 def dense(shape: tuple[int, int], rng: torch.Generator) -> Variant:
@@ -120,3 +110,42 @@ def test_pruned_weights_are_positive_zeros() -> None:
     variant = variant.pruned(variant.weight, kept, pattern="2:4")
     assert variant.weight.tolist() == [[-1.0, 0.0, -1.0, 0.0]]
     assert not variant.weight[~kept].signbit().any()
+
+
+@pytest.mark.parametrize(
+    "tile", [(1, 8), (1, 48), (12, 1), (4, 4), (6, 16), (12, 48)], ids=str
+)
+@pytest.mark.parametrize("bits", [None, 3, 4])
+def test_tiled_variants_survive_packing(
+    tile: tuple[int, int], bits: int | None, rng: torch.Generator
+) -> None:
+    variant = dense((12, 48), rng)
+    scores = torch.rand(12 // tile[0], 48 // tile[1], generator=rng)
+    kept = kept_by_tiles(scores, 0.4, tile, per="layer")
+    variant = variant.pruned(variant.weight, kept, pattern=f"{tile[0]}x{tile[1]}")
+    if bits is not None:
+        variant = quantized(variant, bits, symmetric=bits == 4, rng=rng)
+    packed = variant.pack()
+    assert len(packed["mask"]) == (scores.numel() + 7) // 8
+    assert sum(part.nbytes for part in packed.values()) == variant.storage.nbytes
+    again = Variant.unpack(variant.storage, packed)
+    assert same(again, variant)
+    assert again.mask is not None and torch.equal(again.mask, kept)
+
+
+def test_the_bits_of_tiles_stand_row_by_row_the_first_lowest() -> None:
+    # Tiles of 2x2, kept: 1 0 / 0 1 / 1 1, so the bits are 1 + 8 + 16 + 32.
+    flags = torch.tensor([[1, 0], [0, 1], [1, 1]], dtype=torch.bool)
+    kept = flags.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    variant = Variant.dense(torch.ones(6, 4))
+    variant = variant.pruned(variant.weight, kept, pattern="2x2")
+    assert variant.pack()["mask"].tolist() == [57]
+    assert variant.storage.kept == 16
+
+
+def test_other_masks_are_packed_as_ever(rng: torch.Generator) -> None:
+    kept = torch.rand(5, 16, generator=rng) < 0.5
+    variant = Variant.dense(torch.ones(5, 16)).pruned(torch.ones(5, 16), kept)
+    weights = 2 ** torch.arange(8)
+    expected = (kept.view(-1, 8) * weights).sum(1)
+    assert variant.pack()["mask"].tolist() == expected.tolist()

@@ -2,7 +2,13 @@
 
 import numpy as np
 import pytest
-from autoprune_plugins.gradient import FEWEST, PATIENCE, Gradient, register_samplers
+from autoprune_plugins.gradient import (
+    EXPECTED,
+    FEWEST,
+    PATIENCE,
+    Gradient,
+    register_samplers,
+)
 
 from autoprune.policy import Action, Layer, Site
 from autoprune.searching.budget import Budget, Prices
@@ -207,12 +213,12 @@ def test_slopes_are_changes_from_where_the_incumbent_is(problem):
 @pytest.mark.parametrize(
     ("steps", "true", "expected"),
     [
-        (0, 2.0, 1.0),  # nothing known: as it is
-        (1, 2.0, 1.5),  # drawn to 1 as by one step more
-        (3, 2.0, 7 / 4),
-        (9, 2.0, 19 / 10),
-        (9, 1.0, 1.0),
-        (1, -5.0, 0.25),  # and kept within a factor of four
+        (0, 2.0, 0.5),  # nothing known: what is expected
+        (1, 2.0, 1.25),  # drawn to that as by one step more
+        (3, 2.0, 1.625),
+        (9, 2.0, 1.85),
+        (9, 1.0, 0.95),
+        (1, -5.0, 0.25),  # and kept within bounds
         (9, 99.0, 4.0),
     ],
 )
@@ -237,7 +243,7 @@ def test_weight_leaves_out_what_has_no_windows_or_diverged(problem):
     brief = Brief(0, 1, problem, tuple(rows), slopes={0: falling()})
     below = 0.5**2
     prior = below / 3
-    expected = (1.5 * below + prior) / (below + prior)
+    expected = (1.5 * below + EXPECTED * prior) / (below + prior)
     assert Gradient(brief)._weight() == pytest.approx(expected)
 
 

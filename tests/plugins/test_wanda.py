@@ -3,12 +3,12 @@ import torch
 from autoprune_plugins.magnitude import Magnitude
 from autoprune_plugins.wanda import Wanda, register_methods
 
-from autoprune.compression.method import Source
+from autoprune.compression.method import CompressionMethod, Source
 from autoprune.compression.variant import Variant
 from autoprune.errors import MethodError
 from autoprune.models.statistics import NO_STATISTICS, InputStatistics
 from autoprune.policy import Layer, Value
-from autoprune.testing import tiny_source, tiny_statistics
+from autoprune.testing import MethodContract, tiny_source, tiny_statistics
 
 METHOD = Wanda()
 LAYER = Layer("q", (2, 4), "float32", block=0, role="q", input="x")
@@ -37,11 +37,30 @@ def test_a_pattern_worked_by_hand() -> None:
     assert prune(pattern="1:2") == [[1, 0, 2, 0], [-5, 0, 7, 0]]
 
 
+def test_a_layer_worked_by_hand() -> None:
+    assert prune(sparsity=0.5, per="layer") == [[1, 0, 0, 0], [-5, 0, 7, -8]]
+
+
+def test_tiles_worked_by_hand() -> None:
+    assert prune(sparsity=0.5, tile="row") == [[0, 0, 0, 0], [-5, 6, 7, -8]]
+    # Columns sum up to 60, 10, 27, 11.
+    assert prune(sparsity=0.5, tile="column") == [[1, 0, 2, 0], [-5, 0, 7, 0]]
+    # Vectors sum up to 14, 9 and 56, 29.
+    assert prune(sparsity=0.5, tile="1x2") == [[1, -4, 0, 0], [-5, 6, 0, 0]]
+
+
 def test_equal_norms_give_magnitude() -> None:
     source, equal = tiny_source(), InputStatistics(1, torch.full((32,), 4.0))
-    settings = [METHOD.check({"sparsity": 0.4}), METHOD.check({"pattern": "2:4"})]
-    found = METHOD.compress([source], equal, settings)[0]
-    plain = [{**one, "per": "row"} for one in settings]
+    params: list[dict[str, Value]] = [
+        {"sparsity": 0.4},
+        {"sparsity": 0.4, "per": "layer"},
+        {"pattern": "2:4"},
+        {"sparsity": 0.4, "tile": "4x4"},
+        {"sparsity": 0.4, "tile": "row"},
+        {"sparsity": 0.4, "tile": "column"},
+    ]
+    found = METHOD.compress([source], equal, [METHOD.check(one) for one in params])[0]
+    plain = [Magnitude().check(one) for one in params]
     expected = Magnitude().compress([source], NO_STATISTICS, plain)[0]
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.weight, other.weight)
@@ -60,6 +79,8 @@ def test_dead_inputs_go_first() -> None:
     [
         ({}, "wanda takes either sparsity or pattern, found neither"),
         ({"sparsity": 1.2}, "between 0 and 1, found 1.2"),
+        ({"sparsity": 0.5, "per": "column"}, r"wanda\(per=.* found 'column'"),
+        ({"sparsity": 0.5, "tile": "8"}, r"wanda\(tile=.* found '8'"),
     ],
 )
 def test_impossible_parameters_are_named(params: dict[str, Value], match: str) -> None:
@@ -83,3 +104,34 @@ def test_unusable_statistics_are_named(statistics: InputStatistics, match: str) 
     source = Source(LAYER, Variant.dense(WEIGHT))
     with pytest.raises(MethodError, match=match):
         METHOD.compress([source], statistics, [METHOD.check({"sparsity": 0.5})])
+
+
+def test_dead_columns_go_first() -> None:
+    statistics = tiny_statistics(dead=range(0, 32, 4))
+    settings = [METHOD.check({"sparsity": 0.25, "tile": "column"})]
+    variant = METHOD.compress([tiny_source()], statistics, settings)[0][0]
+    assert variant.mask is not None
+    assert variant.mask.tolist() == [[column % 4 > 0 for column in range(32)]] * 8
+
+
+class TestContract(MethodContract):
+    @pytest.fixture
+    def method(self) -> CompressionMethod:
+        return METHOD
+
+    @pytest.fixture(
+        params=[
+            {"pattern": "1:4"},
+            {"pattern": "2:4"},
+            {"pattern": "4:8"},
+            {"sparsity": 0.7, "per": "layer"},
+            {"sparsity": 0.5, "tile": "1x8"},
+            {"sparsity": 0.29, "tile": "row"},
+            {"sparsity": 0.4, "tile": "column"},
+            {"sparsity": 0.6, "tile": "4x4", "per": "layer"},
+        ],
+        ids=str,
+    )
+    def params(self, request: pytest.FixtureRequest) -> dict[str, Value]:
+        params: dict[str, Value] = request.param
+        return params

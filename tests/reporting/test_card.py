@@ -139,6 +139,13 @@ def test_the_code_of_the_card_is_code() -> None:
         assert compile(code, "card", "exec").co_names  # Python, and not empty
 
 
+def test_what_the_target_made_of_the_actions_is_told() -> None:
+    notes = ["left out blocks 0 of 3, counted from 0", "heads stay as zeros"]
+    card = model_card({**ABOUT, "notes": notes})
+    assert f"In the target `packed`: {notes[0]}; {notes[1]}." in card
+    assert "In the target" not in model_card(ABOUT)
+
+
 def test_speed_is_not_claimed() -> None:
     words = model_card(ABOUT).lower()
     assert "save neither memory nor time" in words

@@ -117,6 +117,9 @@ PLAIN = (
     "rtn(bits=4, group=16)",
     "rtn(bits=3, group=16, symmetric=true)",
     "magnitude(per=layer, sparsity=0.25) + rtn(bits=8, group=16)",
+    "magnitude(norm=l2, per=layer, sparsity=0.5, tile=2x8)",
+    "magnitude(norm=l2, per=layer, sparsity=0.5, tile=1x8) + nf4(group=16)",
+    "fp8",
 )
 
 

@@ -1,0 +1,167 @@
+"""Prices variants while gradients pass: products of gradients and changes of weight."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from autoprune.models.task import output_layer
+from autoprune.models.weights import find_weight, parameter_of, view_of_layer
+from autoprune.policy import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSlopes:
+    """What the variants of one layer would change, window by window.
+
+    Attributes:
+        kl: Change of each window's mean KL, to first order.
+        score: Change of each window's log-likelihood of drawn labels, to first order,
+            over the square root of its positions; no rows where none were drawn. Half
+            its mean square estimates the second-order change of the KL.
+    """
+
+    kl: Float[Tensor, "windows variants"]
+    score: Float[Tensor, "draws variants"]
+
+
+class Pricing:
+    """Takes the products of gradients and changes of weight while they pass by.
+
+    Linear layers are priced window by window, from what they read and the gradient of
+    what they gave. Others (embeddings, experts, transposed weights) are priced by
+    their parameter's gradient, one figure for all windows that pass together; so where
+    there are such, windows pass one by one.
+
+    Attributes:
+        counts: Scored positions of each window that is passing.
+        of_head: Layers whose parameter is the head's, as a tied embedding's is.
+    """
+
+    def __init__(
+        self, model: nn.Module, variants: Mapping[Layer, Sequence[Tensor]]
+    ) -> None:
+        self.counts = torch.ones(1)
+        self._model = model
+        self._variants = variants
+        named = model.named_modules()
+        self._linear = {name: m for name, m in named if isinstance(m, nn.Linear)}
+        self._score = False
+        self._kl: dict[Layer, list[Tensor]] = {layer: [] for layer in variants}
+        self._draws: dict[Layer, list[Tensor]] = {layer: [] for layer in variants}
+        head = output_layer(model).weight
+        self.of_head = [la for la in variants if self._parameter(la) is head]
+
+    def backward(
+        self, features: Tensor, gradient: Tensor, *, keep: bool, score: bool = False
+    ) -> None:
+        """Send a gradient back through the model, and price what it passes."""
+        self._score = score
+        features.backward(gradient.to(features.dtype), retain_graph=keep)
+
+    def sort_draws(self, windows: int, draws: int) -> None:
+        """Bring the rows of the windows passed last together, however they passed."""
+        count = windows * draws
+        for rows in self._draws.values():
+            tail = rows[len(rows) - count :]
+            rows[len(rows) - count :] = [
+                tail[draw * windows + window]
+                for window in range(windows)
+                for draw in range(draws)
+            ]
+
+    def add_of_head(self, gradient: Tensor) -> None:
+        """Add the gradient of the mean KL by the head to the windows passed last."""
+        for layer in self.of_head:
+            change = self._changes(layer).float() @ gradient.flatten()
+            for row in self._kl[layer][-len(self.counts) :]:
+                row += change
+
+    def result(self) -> dict[Layer, LayerSlopes]:
+        """Give all rows so far."""
+        found = {}
+        for layer, variants in self._variants.items():
+            none = torch.empty(0, len(variants))
+            kl, draws = self._kl[layer], self._draws[layer]
+            score = torch.stack(draws) if draws else none
+            slopes = torch.stack(kl) if kl else none
+            found[layer] = LayerSlopes(slopes, score)
+        return found
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to every layer, for a while."""
+        by_parameter: dict[nn.Parameter, list[Layer]] = {}
+        with ExitStack() as undo:
+            for layer in self._variants:
+                module = self.module_of(layer)
+                if module is None:
+                    by_parameter.setdefault(self._parameter(layer), []).append(layer)
+                    continue
+                handle = module.register_forward_hook(partial(self._hear, layer))
+                undo.callback(handle.remove)
+            for parameter, layers in by_parameter.items():
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_()
+                handle = parameter.register_post_accumulate_grad_hook(
+                    partial(self._price_parameter, layers)
+                )
+                undo.callback(handle.remove)
+            yield
+
+    def module_of(self, layer: Layer) -> nn.Linear | None:
+        """Give the linear module whose weight is the layer's as it stands, if one."""
+        if layer in self.of_head:
+            return None
+        return self._linear.get(layer.name)
+
+    def _parameter(self, layer: Layer) -> nn.Parameter:
+        return self._model.get_parameter(parameter_of(layer.name))
+
+    def _hear(
+        self, layer: Layer, module: nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        if not output.requires_grad:  # no layer before it is priced: a graph begins
+            output.requires_grad_()
+        output.register_hook(partial(self._price, layer, inputs[0].detach()))
+
+    def _price(self, layer: Layer, read: Tensor, gradient: Tensor) -> None:
+        """Price a linear layer: ``gradient`` is that of what it gave."""
+        windows = len(self.counts)
+        read = read.reshape(windows, -1, read.shape[-1])
+        gradient = gradient.reshape(windows, -1, gradient.shape[-1])
+        weight = torch.bmm(gradient.transpose(1, 2), read)  # of each window by itself
+        rows = (self._changes(layer) @ weight.flatten(1).T).T.float()
+        if self._score:
+            rows = rows / self.counts.sqrt()[:, None]
+        self._rows(layer).extend(rows)
+
+    def _price_parameter(
+        self, layers: Sequence[Layer], parameter: nn.Parameter
+    ) -> None:
+        assert parameter.grad is not None
+        windows = len(self.counts)
+        # A sum over windows: of the KL their mean is wanted; scores are independent.
+        share = 1 / windows
+        if self._score:
+            share = float(1 / (self.counts.float().mean() * windows).sqrt())
+        for layer in layers:
+            gradient = view_of_layer(self._model, layer.name, parameter.grad)
+            assert gradient is not None
+            row = self._changes(layer).float() @ gradient.float().flatten()
+            self._rows(layer).extend(row * share for _ in range(windows))
+        parameter.grad = None
+
+    def _rows(self, layer: Layer) -> list[Tensor]:
+        return self._draws[layer] if self._score else self._kl[layer]
+
+    def _changes(self, layer: Layer) -> Float[Tensor, "variants weights"]:
+        """Give what every variant would change on the layer as it stands."""
+        now = find_weight(self._model, layer.name)
+        assert now is not None
+        given = self._variants[layer]
+        return torch.stack([(one.to(now.dtype) - now).flatten() for one in given])

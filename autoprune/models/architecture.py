@@ -1,0 +1,57 @@
+"""What a description of a model family says: where blocks, sites and structures are."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRule:
+    """One site of every block.
+
+    Attributes:
+        name: Name of the site inside its block: ``qkv``.
+        layers: Paths relative to the block, of modules (``self_attn.q_proj``) or of
+            3-D parameters that hold one layer an expert (``mlp.experts.down_proj``).
+        one_input: True if all modules read the same activations, as q, k and v do.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    one_input: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StructureRule:
+    """One structure of every block, whose units may be removed as a whole.
+
+    Attributes:
+        name: Name of its site inside the block: ``mlp``.
+        kind: ``channels`` or ``heads``.
+        makers: Paths of the modules whose rows make the units.
+        takers: Paths of the modules whose columns take them.
+    """
+
+    name: str
+    kind: str
+    makers: tuple[str, ...]
+    takers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Where the blocks and sites of a model family are.
+
+    Attributes:
+        name: Unique, lower case.
+        model_types: Values of ``model.config.model_type`` that it describes.
+        blocks: Path of the ``nn.ModuleList`` of blocks: ``model.layers``.
+        sites: The sites of every block, in the block's order.
+        embedding: Path of the token embedding, a site of its own; None to leave it.
+        structures: What every block's layers make together.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    sites: tuple[SiteRule, ...]
+    embedding: str | None = None
+    structures: tuple[StructureRule, ...] = ()
