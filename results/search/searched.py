@@ -108,7 +108,7 @@ def search(
         with Ledger.open(Path(folder), {}) as ledger:
             ended = run_study(
                 plan.problem,
-                plan.evaluator(),
+                plan.evaluator(seed),
                 ledger=ledger,
                 sampler=factory,
                 objective=plan.objective,

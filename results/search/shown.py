@@ -3,11 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from cells import read_cells
+from numpy.typing import NDArray
 
 HERE = Path(__file__).parent
-FIGURES = ["report_perplexity", "report_kl", "report_kl_error", "search_cpu_s"]
+KINDS = {
+    "ours": ("tab:blue", "AutoPrune, gradient"),
+    "evopress": ("tab:orange", "EvoPress, same bank"),
+}
+FIGURES = [
+    "kl",
+    "choice_kl",
+    "report_perplexity",
+    "report_kl",
+    "report_kl_error",
+    "search_cpu_s",
+    "bank_cpu_s",
+]
 
 
 def show() -> str:
@@ -60,7 +74,7 @@ def best(cell: dict[str, Any]) -> list[float]:
 
 
 def draw(found: dict[str, dict[str, Any]]) -> None:
-    """Draw KL over CPU time, one panel a target; a band where there are more seeds."""
+    """Draw KL over CPU time, one panel a target: median and range of the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,23 +84,41 @@ def draw(found: dict[str, dict[str, Any]]) -> None:
     for panel, target in zip(panels, (50, 60, 70), strict=True):
         panel.set_title(f"{target} % zeros")
         panel.set_xlabel("CPU seconds of search")
-        for kind, color in (("ours", "tab:blue"), ("evopress", "tab:orange")):
-            for name, cell in found.items():
-                if not name.startswith(f"{kind}-{target}-"):
-                    continue
-                curve = cell["curve"]
-                if kind == "ours":
-                    curve = [point for point in curve if point[2] == "complete"]
-                    levels = best(cell)
-                else:
-                    levels = [point[1] for point in curve]
-                times = [max(point[0], 1) for point in curve]
-                panel.step(times, levels, color=color, where="post", alpha=0.8)
-        panel.plot([], [], color="tab:blue", label="AutoPrune, gradient")
-        panel.plot([], [], color="tab:orange", label="EvoPress, same bank")
         panel.set_xscale("log")
+        for kind, (color, label) in KINDS.items():
+            cells = [
+                cell for n, cell in found.items() if n.startswith(f"{kind}-{target}-")
+            ]
+            if not cells:
+                continue
+            end = max(cell["search_cpu_s"] for cell in cells)
+            times = np.geomspace(5, end, 400)
+            levels = np.stack([_levels(kind, cell, times) for cell in cells])
+            panel.fill_between(
+                times, levels.min(0), levels.max(0), step="post", color=color, alpha=0.2
+            )
+            shown = f"{label}, {len(cells)} seeds"
+            panel.step(
+                times, np.median(levels, 0), where="post", color=color, label=shown
+            )
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend()
     panels[0].set_ylabel("KL on the fitness split")
-    panels[-1].legend()
     figure.tight_layout()
     figure.savefig(HERE / "search.png", dpi=120)
     pyplot.close(figure)
+
+
+def _levels(
+    kind: str, cell: dict[str, Any], times: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Give the KL that a search had at some times; at its start before the first."""
+    points = cell["curve"]
+    if kind == "ours":
+        points = [point for point in points if point[2] == "complete"]
+        kl = np.array(best(cell))
+    else:
+        kl = np.array([point[1] for point in points])
+    reached = np.array([point[0] for point in points])
+    at = np.searchsorted(reached, times, side="right") - 1
+    return kl[np.maximum(at, 0)]
