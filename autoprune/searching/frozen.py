@@ -20,6 +20,7 @@ from autoprune.searching.budget import Budget, Prices, prices_of
 from autoprune.searching.formulate import is_additive, prices_in
 from autoprune.searching.problem import Problem
 from autoprune.searching.space import SearchSpace
+from autoprune.sites import Cut
 
 FILE = "problem.json"
 """Name of the file in a run folder."""
@@ -173,5 +174,9 @@ class FrozenProblem:
 
 
 def _site(data: Mapping[str, Any]) -> Site:
-    layers = [Layer(**one | {"shape": tuple(one["shape"])}) for one in data["layers"]]
+    layers = []
+    for one in data["layers"]:
+        cut = one.get("cut")
+        again = {"shape": tuple(one["shape"]), "cut": Cut(**cut) if cut else None}
+        layers.append(Layer(**one | again))
     return Site(data["name"], tuple(layers), data["kind"])

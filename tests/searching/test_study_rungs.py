@@ -214,8 +214,10 @@ def test_slopes_are_taken_once_an_incumbent(tmp_path, slopes_problem, rungs):
     assert list(slopes) == held
     assert len(held) > 2
     assert evaluator.turns == list(range(len(held)))
-    count = GRADIENT.slope_tokens // WINDOW
-    first = [(turn * count) % 8 for turn in range(len(held))]
+    counts = [GRADIENT.tokens_at(turn) // WINDOW for turn in range(len(held))]
+    assert counts[0] < counts[-1]
+    assert [len(one.windows) for one in slopes.values()] == counts
+    first = [(turn * count) % 8 for turn, count in enumerate(counts)]
     assert [one.windows[0] for one in slopes.values()] == first
     for row in rows[1:]:
         assert notes_of(row)["base"] == max(n for n in held if n < row.number)
