@@ -47,8 +47,8 @@ REMEMBERED = 4
 """Incumbents whose slopes are averaged."""
 
 EXPECTED = 0.5
-"""Weight of the curvature before steps have told. A bold first step paid at 70 % zeros; at
-some 3.3 bits it was too bold, and cost one trial."""
+"""Weight of the curvature before steps have told. A bold first step paid at 70 % zeros;
+at some 3.3 bits it was too bold, and cost one trial."""
 
 WEIGHTS = (0.25, 4.0)
 """Least and most weight of the curvature."""
