@@ -1,7 +1,7 @@
 """What each part of the search is worth: at 70 % zeros, the same variants and seed.
 
-Searches get the CPU seconds that the default strategy took in cell ``ours-70-0``, and
-their KL is noted by CPU seconds. That cell is also what the first two are compared to.
+Searches get the CPU seconds of the default strategy in cell ``ours-70-0``, to which they
+are compared. What refinement is worth stands in the cells ``refined-*``.
 """
 
 import tempfile
@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from arena import Arena
 from autoprune_plugins.allocation import AllocationSampler
-from cells import read_cells
-from race import RUNGS, TRIALS, ours
-from searched import afresh, judged, ready, resolved, search
+from race import RUNGS, SEARCH_S
+from searched import afresh, judged, ready, search
 from setting import open_plan
 
 from autoprune.evaluation.sensitivity import replacement_costs
@@ -27,9 +26,6 @@ from autoprune.searching.strategies import Brief, SamplerFactory
 
 TARGET, SEED = 0.7, 0
 
-DEFAULT_CELL = f"ours-70-{SEED}"
-"""The whole search, to which all is compared."""
-
 PAIRS = 40
 """Choices that are replaced by themselves with and without reuse of activations."""
 
@@ -37,41 +33,37 @@ PAIR_WINDOWS = 8
 
 
 def searched(
-    plan: Plan, factory: SamplerFactory, cpu_s: float, **how: Any
+    plan: Plan, factory: SamplerFactory, *, cpu_s: float = SEARCH_S, **how: Any
 ) -> dict[str, Any]:
     """Search at 70 % zeros for some CPU seconds."""
     found, policies = search(plan, factory, TARGET, seed=SEED, cpu_s=cpu_s, **how)
-    return found | judged(Arena(plan), *policies, whole=False)
+    return found | judged(Arena(plan), *policies)
 
 
 def without_rungs() -> dict[str, Any]:
     """Run the default strategy with every trial on the whole split."""
-    spent = _default()["search_cpu_s"]
     plan = open_plan(TARGET, seed=SEED)
     ready(plan)
-    return searched(plan, plan.strategy, spent, rungs=(), trials=TRIALS)
+    return searched(plan, plan.strategy, rungs=())
 
 
 def without_curvature() -> dict[str, Any]:
     """Run the default strategy on slopes alone."""
-    spent = _default()["search_cpu_s"]
     plan = open_plan(TARGET, rungs=list(RUNGS), seed=SEED)
     ready(plan)
     bare = replace(plan.strategy, draws=0)
-    return searched(plan, bare, spent, trials=TRIALS)
+    return searched(plan, bare)
 
 
 def tpe() -> dict[str, Any]:
     """Run TPE per site."""
-    spent = _default()["search_cpu_s"]
     plan = open_plan(TARGET, rungs=list(RUNGS), seed=SEED, sampler="tpe")
     ready(plan)
-    return searched(plan, plan.strategy, spent)
+    return searched(plan, plan.strategy)
 
 
 def allocation(refit: bool) -> dict[str, Any]:
     """Run the allocation, its multipliers fitted to the trials or left at 1."""
-    spent = _default()["search_cpu_s"]
     plan = open_plan(TARGET, rungs=list(RUNGS), seed=SEED, sampler="allocation")
     ready(plan)
     kind = plan.config.search.sensitivity
@@ -80,27 +72,8 @@ def allocation(refit: bool) -> dict[str, Any]:
         costs = afresh(plan, Path(folder)).costs(kind)
     prepared = time.process_time() - began
     factory = plan.strategy if refit else replace(plan.strategy, make=_without_refit)
-    found = searched(plan, factory, spent - prepared, sensitivities=costs)
+    found = searched(plan, factory, cpu_s=SEARCH_S - prepared, sensitivities=costs)
     return {"refit": refit, "sensitivity": kind, "prepare_cpu_s": prepared} | found
-
-
-def without_refinement() -> dict[str, Any]:
-    """Measure the winner with the variants of the search, and solved anew."""
-    won = np.array(_default()["policy"])
-    plan = open_plan(TARGET, seed=SEED)
-    arena = ready(plan)
-    policy = arena.policy(won)
-    found = plan.bench.measure(policy, plan.bank, "report")
-    assert found.quality is not None
-    return {
-        "of": DEFAULT_CELL,
-        "search_bank": {
-            "report_perplexity": found.metrics["perplexity"],
-            "report_kl": found.metrics["kl"],
-            "report_kl_error": found.quality.kl_error(),
-        },
-        "refined": resolved(plan, policy),
-    }
 
 
 def without_reuse() -> dict[str, Any]:
@@ -140,15 +113,8 @@ def cells() -> dict[str, Callable[[], dict[str, Any]]]:
         "ablation-refit": partial(allocation, True),
         "ablation-no-refit": partial(allocation, False),
         "ablation-tpe": tpe,
-        "ablation-no-refinement": without_refinement,
         "ablation-no-reuse": without_reuse,
     }
-
-
-def _default() -> Mapping[str, Any]:
-    """Read what the whole search did, or do it where that is missing."""
-    known = read_cells(DEFAULT_CELL)
-    return known[DEFAULT_CELL] if known else ours(TARGET, SEED)
 
 
 def _without_refit(brief: Brief) -> AllocationSampler:

@@ -2,7 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from arena import Arena
 from jaxtyping import Float
 from setting import uniform
 
+from autoprune.compression.bank import VariantBank
 from autoprune.compression.store import VariantStore
+from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Policy
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
@@ -54,15 +57,53 @@ def ready(plan: Plan) -> Arena:
 def resolved(plan: Plan, policy: Policy) -> dict[str, Any]:
     """Solve a policy block by block on its own inputs, and measure it on new text."""
     bench, began = plan.bench, time.process_time()
-    bank = bench.bank(policy)
-    with tempfile.TemporaryDirectory() as folder:  # empty: all is made now
-        bank.store = VariantStore(Path(folder), 10**11)
-        bank.make(bench.per_layer(policy).items())
+    with _solved(plan, policy) as bank:
         spent = time.process_time() - began
-        found = bench.measure(policy, bank, "report")
-    assert found.quality is not None
+        return {"resolve_cpu_s": spent, **_reported(bench, policy, bank)}
+
+
+def refined(plan: Plan, policy: Policy) -> dict[str, Any]:
+    """Solve a policy anew, and keep what is better on the choice split, as runs do.
+
+    What a search gains on its own variants is partly theirs: solved anew, some of it
+    is lost. Both are measured on new text; ``report_*`` is of the one that is kept.
+    """
+    bench, began = plan.bench, time.process_time()
+    with _solved(plan, policy) as bank:
+        spent = time.process_time() - began
+        banks = {"searched": plan.bank, "solved": bank}
+        choice = {
+            name: bench.measure(policy, one, "choice").metrics["kl"]
+            for name, one in banks.items()
+        }
+        report = {name: _reported(bench, policy, one) for name, one in banks.items()}
+    kept = min(choice, key=choice.__getitem__)
     return {
         "resolve_cpu_s": spent,
+        "kept": kept,
+        "choice_kl_of": choice,
+        "report_perplexity_of": {
+            name: one["report_perplexity"] for name, one in report.items()
+        },
+        **report[kept],
+    }
+
+
+@contextmanager
+def _solved(plan: Plan, policy: Policy) -> Iterator[VariantBank]:
+    """Make the variants of a policy on its own inputs, all of them now."""
+    bank = plan.bench.bank(policy)
+    with tempfile.TemporaryDirectory() as folder:
+        bank.store = VariantStore(Path(folder), 10**11)
+        bank.make(plan.bench.per_layer(policy).items())
+        yield bank
+
+
+def _reported(bench: Workbench, policy: Policy, bank: VariantBank) -> dict[str, Any]:
+    """Measure a policy on text that no search saw."""
+    found = bench.measure(policy, bank, "report")
+    assert found.quality is not None
+    return {
         "report_perplexity": found.metrics["perplexity"],
         "report_kl": found.metrics["kl"],
         "report_kl_error": found.quality.kl_error(),
@@ -138,22 +179,12 @@ def search(
     }, (found[0].policy, best.policy)
 
 
-def judged(
-    arena: Arena, start: Policy, found: Policy, *, whole: bool
-) -> dict[str, Any]:
-    """Measure the start and the result of a search on text that it did not see.
-
-    Args:
-        arena: The plan.
-        start: Where the search began.
-        found: What it found.
-        whole: Also solve it anew, which takes longer than measuring.
-    """
+def judged(arena: Arena, start: Policy, found: Policy) -> dict[str, Any]:
+    """Measure the start and the result of a search on text that it did not see."""
     return {
         "start_choice_kl": arena.kl(start, split="choice"),
         "choice_kl": arena.kl(found, split="choice"),
         "policy": arena.levels(found).tolist(),
-        **(resolved(arena.plan, found) if whole else {}),
     }
 
 
