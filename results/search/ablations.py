@@ -1,7 +1,7 @@
 """What each part of the search is worth: at 70 % zeros, the same variants and seed.
 
-Searches get the CPU seconds of the default strategy in cell ``ours-70-0``, to which they
-are compared. What refinement is worth stands in the cells ``refined-*``.
+Searches get the CPU seconds of the default strategy in cell ``ours-70-0``, to which all
+is compared. What refinement is worth stands in the cells ``refined-*``.
 """
 
 import tempfile
