@@ -10,7 +10,8 @@ FAST := not slow and not gpu and not network
 CI := (not slow or ci) and not gpu and not network
 ALL := not gpu and not network
 
-.PHONY: setup demo test test-fast test-all lint format bench bench-search clean help
+.PHONY: setup demo test test-fast test-all lint format bench bench-search bench-methods \
+	bench-memory clean help
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)  ## Make .venv and install AutoPrune there (the default)
@@ -53,6 +54,12 @@ bench: $(STAMP)  ## Measure again what results/ claims of speed
 
 bench-search: $(STAMP)  ## The search beside EvoPress; resumes, CELLS='ours-*' for some
 	$(BIN)/python results/search/bench.py $(CELLS)
+
+bench-methods: $(STAMP)  ## Every method on the demo; resumes, CELLS='gptq-*' for some
+	$(BIN)/python results/methods/bench.py $(CELLS)
+
+bench-memory: $(STAMP)  ## Peak memory of a calibration pass, by width and by depth
+	$(BIN)/python results/memory/bench.py $(CELLS)
 
 clean:  ## Remove caches and what was built; .venv and results stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
