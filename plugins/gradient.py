@@ -46,12 +46,14 @@ FADES = 0.5
 REMEMBERED = 4
 """Incumbents whose slopes are averaged."""
 
-EXPECTED = 0.5
-"""Weight of the curvature before steps have told. A bold first step paid at 70 % zeros;
-at some 3.3 bits it was too bold, and cost one trial."""
+EXPECTED = 1.0
+"""Weight of the curvature before steps have told."""
 
 WEIGHTS = (0.25, 4.0)
-"""Least and most weight of the curvature."""
+"""Least and most weight of the curvature that one step can tell of."""
+
+FORGETS = 0.6
+"""Share that a step counts of the one after it in the weight of the curvature."""
 
 PATIENCE = 12
 """Steps refused in a row after which the search ends: it is not worth going on."""
@@ -130,22 +132,22 @@ class Gradient(PolicySampler):
         return slope / total, self.brief.slopes[numbers[-1]].curvature.astype(float)
 
     def _weight(self) -> float:
-        """Fit how much of the curvature the steps so far have really met.
+        """Tell how many times the diagonal curvature the last steps have really met.
 
-        Least squares of (change - linear) on the diagonal term, drawn to ``EXPECTED``
-        as by one step more; changes of other sites add to or take from its own term.
+        Changes of other sites add to or take from a change's own term: far from any
+        optimum dozens of them together meet twice the diagonal, later steps hardly
+        more than it. So a step counts the less the longer ago it was.
         """
-        above = below = 0.0
+        met, known = EXPECTED, 1.0
         for trial in self._steps():
             notes = notes_of(trial)
             base = self.brief.history[notes["base"]]
             gap, _ = paired(trial.windows, base.windows)
-            curved = notes["curved"]
-            if trial.windows and np.isfinite(gap):
-                above += curved * (gap - notes["linear"])
-                below += curved**2
-        prior = below / max(1, len(self._steps())) or 1.0
-        return float(np.clip((above + EXPECTED * prior) / (below + prior), *WEIGHTS))
+            if trial.windows and np.isfinite(gap) and notes["curved"] > 0:
+                found = np.clip((gap - notes["linear"]) / notes["curved"], *WEIGHTS)
+                known = 1 + FORGETS * known
+                met += (float(found) - met) / known
+        return met
 
 
 @hookimpl

@@ -18,7 +18,7 @@ class FormulaEvaluator(Evaluator):
     def measure(self, policy, windows=None, *, near=None):
         return Score(self.formula(policy))
 
-    def slopes(self, policy, *, tokens, draws, turn):
+    def slopes(self, policy, *, tokens, draws, turn, drawn_tokens=None):
         raise AssertionError("no strategy of these tests asks for slopes")
 
 
@@ -60,7 +60,7 @@ class SmoothEvaluator(Evaluator):
         found = tuple(kl[:windows].tolist())
         return Score({"kl": float(np.mean(found))}, found)
 
-    def slopes(self, policy, *, tokens, draws, turn):
+    def slopes(self, policy, *, tokens, draws, turn, drawn_tokens=None):
         self.turns.append(turn)
         now = self.damage[self.problem.space.index(policy)]
         change = self.damage - now[:, None]

@@ -7,7 +7,7 @@ square of a change: half their mean square is the diagonal of the KL's second-or
 (the Gauss-Newton matrix is the Fisher matrix of the model at which it is taken).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,8 @@ def measure_slopes(
     windows: Sequence[int],
     *,
     draws: int = 0,
+    drawn: int | None = None,
+    sampled: int = 0,
     seed: int = 0,
 ) -> dict[Layer, LayerSlopes]:
     """Price variants by the gradient at a model as it stands.
@@ -39,20 +41,22 @@ def measure_slopes(
         teacher: The dense model on a split.
         variants: For each layer the weights to price.
         windows: Indices of the windows of the split that the gradient is taken on.
-        draws: How often labels are drawn for every window.
+        draws: How often labels are drawn for a window.
+        drawn: For so many of the windows, from the first; None for all.
+        sampled: Positions of every pass whose pairs make ``crossed``; 0 for none.
         seed: Of the labels.
 
     Returns:
         Slopes of every layer's variants, in their order.
     """
     generator = torch.Generator().manual_seed(seed)
-    pricing = Pricing(model, variants)
+    pricing = Pricing(model, variants, sampled=sampled)
+    drawn = len(windows) if drawn is None else drawn
     # What is priced by its parameter's gradient has one figure for all that pass.
     whole = all(pricing.module_of(layer) for layer in variants)
     group = max(1, GROUP // teacher.windows.ids.shape[1]) if whole else 1
     with pricing.listening(), torch.enable_grad():
-        for at in range(0, len(windows), group):
-            part = list(windows[at : at + group])
+        for part, times in _passes(windows, group, drawn, draws):
             batch = teacher.batch_of(part)
             features = teacher.task.features(model, batch)
             pricing.counts = batch.scored.sum(1)
@@ -60,16 +64,25 @@ def measure_slopes(
                 model, features, part, head=bool(pricing.of_head)
             )
             # The pull is that of the mean; each window's own is as many times larger.
-            pricing.backward(features, pull * len(part), keep=draws > 0)
+            pricing.backward(features, pull * len(part), keep=times > 0)
             if of_head is not None:
                 pricing.add_of_head(of_head)
             sizes = pricing.counts.tolist()
-            chances = [torch.rand(draws, n, generator=generator) for n in sizes]
+            chances = [torch.rand(times, n, generator=generator) for n in sizes]
             for draw, chance in enumerate(torch.cat(chances, 1)):
                 push = _push(teacher, model, features, chance)
-                pricing.backward(features, push, keep=draw < draws - 1, score=True)
-            pricing.sort_draws(len(part), draws)
+                pricing.backward(features, push, keep=draw < times - 1, score=True)
+            pricing.sort_draws(len(part), times)
     return pricing.result()
+
+
+def _passes(
+    windows: Sequence[int], group: int, drawn: int, draws: int
+) -> Iterator[tuple[list[int], int]]:
+    """Part windows into passes; tell how often each draws labels."""
+    for some, times in ((windows[:drawn], draws), (windows[drawn:], 0)):
+        for at in range(0, len(some), group):
+            yield list(some[at : at + group]), times
 
 
 def _push(

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
 from autoprune.evaluation.slopes import LayerSlopes
 from autoprune.policy import Layer
+from autoprune.searching.curvature import kind_of, steadied
 from autoprune.searching.space import SearchSpace
 
 
@@ -23,7 +25,7 @@ class SiteSlopes:
         slope: First-order change of the KL; 0 for the choice that stands.
         error: Standard error of the slope over windows.
         curvature: Second-order change by the diagonal, at least 0; 0 where no labels
-            were drawn.
+            were drawn. Steadied by what all pairs of positions say, where they do.
         windows: Of the fitness split, that the gradient was taken on.
     """
 
@@ -47,23 +49,31 @@ class SiteSlopes:
             windows: On which they were taken.
         """
         width = max(len(actions) for actions in space.choices.values())
-        shape = (3, len(space.sites), width)
+        shape = (4, len(space.sites), width)
         table = np.full(shape, np.inf, dtype=np.float32)
+        draws = 0
         for row, site in enumerate(space.sites):
             count = len(space.choices[site.name])
             table[:, row, :count] = 0
             found = [layers[layer] for layer in site.layers if layer in layers]
             if not found:
                 continue
-            kl = sum(one.kl.double() for one in found)
-            score = sum(one.score.double() for one in found)
-            assert not isinstance(kl, int) and not isinstance(score, int)
+            kl = torch.stack([one.kl.double() for one in found]).sum(0)
+            score = torch.stack([one.score.double() for one in found]).sum(0)
             table[0, row, :count] = kl.mean(0).numpy()
             if len(kl) > 1:
                 table[1, row, :count] = (kl.std(0) / len(kl) ** 0.5).numpy()
-            if len(score):
+            if draws := len(score):
                 table[2, row, :count] = (score.square().mean(0) / 2).numpy()
-        return cls(table[0], table[1], table[2], tuple(windows))
+            if all(len(one.crossed) for one in found):
+                crossed = torch.stack([one.crossed for one in found]).sum(0)
+                table[3, row, :count] = crossed.numpy()
+        slope, error = table[:2]
+        fits = np.isfinite(slope)
+        kinds = [kind_of(site.name) for site in space.sites]
+        drawn, pairs = (np.where(fits, one, 0).astype(float) for one in table[2:])
+        curvature = np.where(fits, steadied(drawn, pairs, kinds, draws), np.inf)
+        return cls(slope, error, curvature.astype(np.float32), tuple(windows))
 
     def to_bytes(self) -> bytes:
         """Write them, for the ledger."""

@@ -87,6 +87,7 @@ class SamplerFactory:
             large, and few tokens show the way; later ones are told from noise by more.
         most_slope_tokens: Where that growth ends.
         draws: How often labels are drawn there for the curvature; 0 for none.
+        drawn_tokens: On so many of those tokens.
     """
 
     name: str
@@ -99,6 +100,7 @@ class SamplerFactory:
     slope_growth: float = 1.5
     most_slope_tokens: int = 4096
     draws: int = 1
+    drawn_tokens: int = 1024
 
     def tokens_at(self, turn: int) -> int:
         """Give the tokens of a gradient, by how many were taken before."""

@@ -219,6 +219,7 @@ class _Search:
             best.policy,
             tokens=self._factory.tokens_at(len(self._slopes)),
             draws=self._factory.draws,
+            drawn_tokens=self._factory.drawn_tokens,
             turn=len(self._slopes),
         )
         self._ledger.add_slopes(best.number, slopes)

@@ -140,7 +140,7 @@ class Formula(Evaluator):
         return score
 
     def slopes(
-        self, policy: Policy, *, tokens: int, draws: int, turn: int
+        self, policy: Policy, *, tokens: int, draws: int, turn: int, **_: Any
     ) -> SiteSlopes:
         """Give changes of damage with noise, and a curvature that is half of them."""
         began = time.process_time()
