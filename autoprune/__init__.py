@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from autoprune.policy import Action, Layer, Policy, Site
     from autoprune.run import search
     from autoprune.searching.formulas import Formula, Ladder
+    from autoprune.searching.proposer import Proposer
     from autoprune.searching.strategies import Brief, PolicySampler, SamplerFactory
     from autoprune.transfer import apply, evaluate
 
@@ -65,6 +66,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "PolicySampler",
+    "Proposer",
     "Reward",
     "RunConfig",
     "RunError",
@@ -108,6 +110,7 @@ _HOMES = {
     "policy": ("Action", "Layer", "Policy", "Site"),
     "run": ("search",),
     "searching.formulas": ("Formula", "Ladder"),
+    "searching.proposer": ("Proposer",),
     "searching.strategies": ("Brief", "PolicySampler", "SamplerFactory"),
 }
 """Where the public names are defined."""

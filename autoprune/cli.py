@@ -236,22 +236,35 @@ def solve(
 
 
 @app.command()
-def plugins(
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Tell all about this one.")] = None,
     *,
-    methods: Annotated[bool, typer.Option("--methods", help="List methods.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Write the table for the README.")
+    ] = False,
     plugin: Modules = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """List the plugins and what each registers, or the methods."""
+    """List the methods: what they do, where, and what it costs; or tell of one."""
+    if markdown and (as_json or name):
+        raise typer.BadParameter("--markdown stands alone: leave NAME and --json out")
     with session(verbose=verbose):
         from autoprune.plugins import load_plugins
 
-        found = load_plugins(plugin or [])
-        if methods:
-            tell_methods(found.methods.values(), as_json=as_json)
-        else:
-            tell_plugins(found.records, as_json=as_json)
+        known = load_plugins(plugin or []).methods
+        tell_methods(known, name, markdown=markdown, as_json=as_json)
+
+
+@app.command()
+def plugins(
+    *, plugin: Modules = None, as_json: AsJson = False, verbose: Verbose = False
+) -> None:
+    """List the plugins and what each registers."""
+    with session(verbose=verbose):
+        from autoprune.plugins import load_plugins
+
+        tell_plugins(load_plugins(plugin or []).records, as_json=as_json)
 
 
 @app.command()

@@ -10,7 +10,12 @@ from autoprune.errors import RunError
 from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.folder import write_export
-from autoprune.exporting.verification import Verification, verify_export
+from autoprune.exporting.verification import (
+    ROTATED_TOLERANCE,
+    TOLERANCE,
+    Verification,
+    verify_export,
+)
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.card import model_card
@@ -138,6 +143,7 @@ def export_policy(
     storages = bench.storages(policy)
     exporter = bench.exporters[target]
     size = exporter.size_bytes(storages, bench.untouched)
+    rotated = any(storage.hidden is not None for storage in storages.values())
     verified: list[Verification] = []
 
     def check(made: Path) -> Verification:
@@ -150,6 +156,7 @@ def export_policy(
                 size_bytes=size,
                 compute_dtype=bench.compute_dtype,
                 plugins=plugins,
+                tolerance=ROTATED_TOLERANCE if rotated else TOLERANCE,
             )
         )
         return verified[0]

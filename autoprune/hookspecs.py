@@ -66,7 +66,7 @@ def register_exporters() -> "Sequence[Any]":
 
 @hookspec
 def register_formulas() -> "Sequence[Any]":
-    """Return ``Formula`` objects, which divide zeros among layers without a trial."""
+    """Return ``Proposer`` objects: a ``Formula`` divides zeros among layers."""
 
 
 @hookspec

@@ -9,10 +9,11 @@ class Cut:
 
     The units are the channels of an MLP, or the heads of an attention in groups that
     share keys and values. One unit is ``unit`` consecutive rows of the layers that make
-    it, and as many columns of the layer that takes it.
+    it, and as many columns of the layer that takes it. Of the hidden state, units are
+    so many directions, and an embedding makes them as columns.
 
     Attributes:
-        kind: ``channels`` or ``heads``.
+        kind: ``channels``, ``heads`` or ``hidden``.
         axis: ``rows`` of a layer that makes units, ``columns`` of one that takes them.
         unit: Rows or columns of one unit.
         units: How many units there are.
@@ -39,6 +40,8 @@ class Layer:
             statistics; None where there are none to take (an embedding).
         uses: How often one token passes: 1, or experts chosen over experts there are.
         cut: Where the units of its structure lie; None if it is part of none.
+        hidden: Where the directions of the hidden state lie; None where the model does
+            not allow to rotate it.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Layer:
     input: str | None
     uses: float = 1.0
     cut: Cut | None = field(default=None, compare=False)
+    hidden: Cut | None = field(default=None, compare=False)
 
     @property
     def numel(self) -> int:
@@ -64,7 +68,8 @@ class Site:
         name: Unique, dotted: ``blocks.3.qkv``. Never holds a ``/``: Ray would nest it.
         layers: The layers, in the model's order.
         kind: What is acted on: ``weights`` for matrices as a whole; ``channels`` or
-            ``heads`` where units of all layers go together; ``block``; ``embedding``.
+            ``heads`` where units of all layers go together; ``block``; ``embedding``;
+            ``hidden`` for the whole model, whose layers share the hidden state.
     """
 
     name: str

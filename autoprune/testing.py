@@ -22,6 +22,7 @@ from autoprune.compression.method import CompressionMethod, Settings, Source
 from autoprune.compression.storage import Storage
 from autoprune.compression.variant import Variant
 from autoprune.errors import MethodError
+from autoprune.models.gradients import GRADIENTS, LayerGradients
 from autoprune.models.statistics import STATISTICS, InputStatistics
 from autoprune.policy import Layer, Value
 
@@ -33,12 +34,14 @@ def tiny_source(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> Source:
-    """Make a dense layer with random weights."""
+    """Make a dense layer with random weights and gradients."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).to(dtype)
+    mean, noise, product, flow = torch.randn(4, *shape, generator=generator)
+    gradient = LayerGradients(8, mean, 8 * (mean + noise).square(), product, flow.abs())
     kind = str(dtype).removeprefix("torch.")
     layer = Layer(name, shape, kind, block=0, role="q_proj", input="layers.0.attn")
-    return Source(layer, Variant.dense(weight), weight)
+    return Source(layer, Variant.dense(weight), weight, gradient)
 
 
 def tiny_statistics(
@@ -65,6 +68,7 @@ def tiny_statistics(
         abs_sum=inputs.abs().sum(0),
         abs_max=inputs.abs().amax(0),
         input_sum=inputs.sum(0),
+        input_rows=inputs,
     )
 
 
@@ -91,7 +95,8 @@ class MethodContract:
         """Name, paper, statistics and every parameter are declared."""
         assert method.name == method.name.lower() and method.name.strip(), method.name
         assert method.reference, "reference is empty: name the paper or the source"
-        assert method.needs <= STATISTICS, f"unknown statistics: {method.needs}"
+        known = STATISTICS | GRADIENTS
+        assert method.needs <= known, f"unknown statistics: {method.needs - known}"
         names = [parameter.name for parameter in method.parameters]
         assert len(set(names)) == len(names), f"a parameter twice: {names}"
         assert all(parameter.help for parameter in method.parameters), "help is empty"
@@ -171,7 +176,13 @@ class MethodContract:
         source, statistics = self._found(), tiny_statistics()
         settings = method.check(params)
         assert statistics.hessian is not None and statistics.square_sum is not None
-        before = source.variant.weight, statistics.hessian, statistics.square_sum
+        gradient = source.gradient
+        assert gradient is not None
+        assert gradient.mean is not None and gradient.square_sum is not None
+        before = (
+            *(source.variant.weight, statistics.hessian, statistics.square_sum),
+            *(gradient.mean, gradient.square_sum),
+        )
         copies = [tensor.clone() for tensor in before]
         first = method.compress([source], statistics, [settings])[0][0]
         second = method.compress([source], statistics, [settings])[0][0]

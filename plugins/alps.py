@@ -31,6 +31,9 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 GRADIENT_STEPS = 10
 """Conjugate gradient steps for the weights on the mask."""
 
+ROUNDING = 64
+"""Size of a residual that rounding leaves, in units of the first one's last digit."""
+
 
 class Alps(CompressionMethod):
     """Let mask and weights find each other, ever more tightly coupled.
@@ -161,9 +164,15 @@ def _fit(
     tiny = torch.finfo(weight.dtype).tiny
     rest = (aim - weight @ hessian) * kept
     way, size = rest, rest.square().sum(1, keepdim=True)
+    # A row is done where rounding is all that is left: of a singular Hessian it lies
+    # where nothing is curved, and a step along it would have no end.
+    least = (ROUNDING * torch.finfo(weight.dtype).eps) ** 2 * size
+    going = torch.ones_like(size, dtype=torch.bool)
     for _ in range(GRADIENT_STEPS):
         curved = (way @ hessian) * kept
-        length = size / (way * curved).sum(1, keepdim=True).clamp(min=tiny)
+        bend = (way * curved).sum(1, keepdim=True)
+        going &= (size > least) & (bend > 0)
+        length = torch.where(going, size / bend, 0.0)
         weight = weight + length * way
         rest = rest - length * curved
         now = rest.square().sum(1, keepdim=True)

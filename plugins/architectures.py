@@ -3,7 +3,12 @@
 from collections.abc import Sequence
 
 from autoprune.hookspecs import hookimpl
-from autoprune.models.layers import Architecture, SiteRule, StructureRule
+from autoprune.models.architecture import (
+    Architecture,
+    HiddenRule,
+    SiteRule,
+    StructureRule,
+)
 
 _ATTENTION = (
     SiteRule("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -33,6 +38,17 @@ _CHANNELS = StructureRule(
     "mlp", "channels", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
 )
 
+_HIDDEN = HiddenRule(
+    ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"),
+    (
+        ("input_layernorm", _HEADS.makers),
+        ("post_attention_layernorm", _CHANNELS.makers),
+    ),
+    (*_HEADS.takers, *_CHANNELS.takers),
+    "model.norm",
+)
+"""Not for Gemma, which scales embeddings by their width and norms what is added."""
+
 LLAMA = Architecture(
     "llama",
     (
@@ -50,6 +66,7 @@ LLAMA = Architecture(
     _GATED,
     "model.embed_tokens",
     (_HEADS, _CHANNELS),
+    _HIDDEN,
 )
 """Decoders with q, k, v, o and a gated MLP, under Llama's names."""
 

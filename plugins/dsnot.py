@@ -61,7 +61,15 @@ class DynamicSparseNoTraining(CompressionMethod):
         if previous.mask is None:
             return "nothing is pruned yet: write wanda(sparsity=0.6) + dsnot"
         if previous.mask != BITMAP and ":" not in previous.mask:
-            return f"single weights cannot move in tiles of {previous.mask}"
+            return (
+                f"single weights cannot move in tiles of {previous.mask}: leave "
+                "dsnot out"
+            )
+        if previous.permuted:
+            return (
+                f"its {previous.mask} holds in another order of the columns: leave "
+                "dsnot out"
+            )
         return None
 
     def storage(self, layer: Layer, previous: Storage, settings: Settings) -> Storage:

@@ -27,7 +27,13 @@ class Fp8(CompressionMethod):
     name = "fp8"
     reference = "Micikevicius et al. 2022, arXiv:2209.05433, Sec. 3 (E4M3)"
     parameters = (
-        Parameter("per", str, "row", "Weights that share a scale: row or tensor."),
+        Parameter(
+            "per",
+            str,
+            "row",
+            "Weights that share a scale: row or tensor.",
+            example="tensor",
+        ),
         preconditions.GROUP,
     )
 

@@ -19,7 +19,7 @@ from autoprune.hookspecs import hookimpl
 from autoprune.models.statistics import InputStatistics
 from autoprune.policy import Layer, Value
 
-RANK = Parameter("rank", int, None, "Columns of the left factor.", 1, 65536)
+RANK = Parameter("rank", int, None, "Columns of the left factor.", 1, 65536, example=16)
 SIZE = Parameter(
     "size",
     float,

@@ -1,25 +1,24 @@
 """Magnitude pruning: the smallest weights or tiles go, without a look at the data."""
 
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping
 
 from jaxtyping import Float
 from torch import Tensor
 
-from autoprune.compression import preconditions, tiles
+from autoprune.compression import preconditions
 from autoprune.compression.masks import in_tiles
 from autoprune.compression.method import CompressionMethod, Parameter, Settings, Source
-from autoprune.compression.storage import Storage, Tile
-from autoprune.compression.variant import Variant
+from autoprune.compression.scoring import BY_ROW, ScoringMethod
+from autoprune.compression.storage import Tile
 from autoprune.errors import MethodError
 from autoprune.hookspecs import hookimpl
 from autoprune.models.statistics import InputStatistics
-from autoprune.policy import Layer, Value
+from autoprune.policy import Value
 
 NORMS = ("l1", "l2", "mean", "variance")
 
 
-class Magnitude(CompressionMethod):
+class Magnitude(ScoringMethod):
     """Remove the weights that are closest to zero, or the smallest tiles of weights.
 
     A tile counts as the sum of its weights' sizes, as filters do in Li et al. (2016,
@@ -35,17 +34,13 @@ class Magnitude(CompressionMethod):
     name = "magnitude"
     reference = "Han et al. 2015, arXiv:1506.02626, Sec. 3"
     parameters = (
-        preconditions.SPARSITY,
-        preconditions.PATTERN,
-        tiles.PER,
-        tiles.TILE,
+        *BY_ROW,
         Parameter("norm", str, "l1", "Size of a tile: l1, l2, mean or variance."),
     )
 
     def check(self, params: Mapping[str, Value]) -> Settings:
         """Complete and check the parameters."""
         settings = super().check(params)
-        preconditions.check_sparsity_or_pattern(self.name, settings)
         norm = settings["norm"]
         if norm not in NORMS:
             raise MethodError(
@@ -56,42 +51,23 @@ class Magnitude(CompressionMethod):
                 f"magnitude(norm={norm}) has no effect without tile: a single weight "
                 "counts as its size. Name tile too, or leave norm out."
             )
-        return tiles.check_granularity(self.name, params, settings)
+        return settings
 
-    def refuses(
-        self, layer: Layer, previous: Storage, settings: Settings
-    ) -> str | None:
-        """Say why a layer cannot be treated, or None."""
-        return preconditions.refuse_pruning(layer, previous, settings)
+    def scores(
+        self, source: Source, statistics: InputStatistics, settings: Settings
+    ) -> Float[Tensor, "out in"]:
+        """Score every weight."""
+        return preconditions.finite_weight(source).abs()
 
-    def storage(self, layer: Layer, previous: Storage, settings: Settings) -> Storage:
-        """Declare what a variant stores."""
-        return preconditions.pruned_storage(previous, settings)
-
-    def compress(
+    def tile_scores(
         self,
-        sources: Sequence[Source],
-        statistics: InputStatistics,
-        settings: Sequence[Settings],
-    ) -> list[list[Variant]]:
-        """Make variants for every setting."""
-        return [self._prune(source, settings) for source in sources]
-
-    def _prune(self, source: Source, settings: Sequence[Settings]) -> list[Variant]:
-        weight = preconditions.finite_weight(source)
-        sizes = weight.abs()
-
-        @cache
-        def scores(tile: Tile, norm: str) -> Float[Tensor, "rows columns"]:
-            return tile_norm(weight, tile, norm)
-
-        variants = []
-        for one in settings:
-            score = sizes
-            if one["tile"] is not None:
-                score = scores(tiles.tile_of(source.layer.shape, one), one["norm"])
-            variants.append(preconditions.pruned_variant(source, score, one))
-        return variants
+        source: Source,
+        scores: Float[Tensor, "out in"],
+        tile: Tile,
+        settings: Settings,
+    ) -> Float[Tensor, "rows columns"]:
+        """Score every tile by its norm."""
+        return tile_norm(preconditions.finite_weight(source), tile, settings["norm"])
 
 
 def tile_norm(

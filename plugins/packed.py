@@ -25,6 +25,7 @@ from autoprune.errors import ExportError, ModelError
 from autoprune.exporting.exporter import Exporter, ExportJob
 from autoprune.exporting.marker import MARKER, read_marker, write_marker
 from autoprune.hookspecs import hookimpl
+from autoprune.models.biases import bias_of, put_bias
 from autoprune.models.checkpoints import load_model
 from autoprune.models.layers import untouched_parameters, write_weight
 from autoprune.models.loading import first_line, quiet
@@ -108,6 +109,7 @@ class Packed(Exporter):
             weight = Variant.unpack(storage, parts[layer]).weight
             try:
                 write_weight(model, layer, weight)
+                put_bias(model, layer, bias_of(weight))
             except ModelError as error:
                 raise ExportError(
                     f"{folder / WEIGHTS} does not fit config.json: {error}"

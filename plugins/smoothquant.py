@@ -8,15 +8,12 @@ from torch import Tensor
 
 from autoprune.compression import preconditions
 from autoprune.compression.method import CompressionMethod, Parameter, Settings, Source
-from autoprune.compression.rounding import round_to_grid
+from autoprune.compression.rounding import round_to_grid, smoothing
 from autoprune.compression.storage import Storage
 from autoprune.compression.variant import Variant
 from autoprune.hookspecs import hookimpl
 from autoprune.models.statistics import InputStatistics
 from autoprune.policy import Layer
-
-_WIDEST = 1e4
-"""Scales stay within this factor of one, so that float16 holds them and products."""
 
 
 class SmoothQuant(CompressionMethod):
@@ -69,22 +66,6 @@ class SmoothQuant(CompressionMethod):
         return [
             [_smooth(source, largest, one) for one in settings] for source in sources
         ]
-
-
-def smoothing(
-    largest_input: Float[Tensor, " in"],
-    largest_weight: Float[Tensor, " in"],
-    alpha: float,
-) -> Float[Tensor, " in"]:
-    """Give the scale of each input; one where an input or its weights are all zeros.
-
-    Example:
-        >>> smoothing(torch.tensor([16.0, 0.0]), torch.tensor([4.0, 2.0]), 0.5)
-        tensor([2., 1.])
-    """
-    dead = (largest_input == 0) | (largest_weight == 0)
-    scales = largest_input.pow(alpha) / largest_weight.pow(1 - alpha)
-    return scales.masked_fill(dead, 1.0).clamp(1 / _WIDEST, _WIDEST)
 
 
 def _smooth(

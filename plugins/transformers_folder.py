@@ -13,13 +13,21 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from autoprune.compression.permuting import refuse_permuting
 from autoprune.compression.storage import Part, Storage
 from autoprune.errors import ExportError, ModelError
 from autoprune.exporting.cutting import Cutter, kept_units
-from autoprune.exporting.exporter import Exporter, ExportJob, safetensors_bytes
+from autoprune.exporting.exporter import (
+    Exporter,
+    ExportJob,
+    header_bytes,
+    safetensors_bytes,
+)
+from autoprune.exporting.folding import fold
 from autoprune.exporting.marker import MARKER, read_marker, write_marker
 from autoprune.exporting.shrinking import Remains
 from autoprune.hookspecs import hookimpl
+from autoprune.models.biases import bias_of, put_bias
 from autoprune.models.checkpoints import Checkpoint, load_model
 from autoprune.models.layers import Inventory, write_weight
 from autoprune.models.loading import quiet
@@ -37,7 +45,12 @@ class TransformersFolder(Exporter):
     splits experts; ``for_model`` finds out. Without it, names are taken as in memory.
 
     What is left out depends on all layers together, so a layer has the price of a dense
-    one, which bounds its part of the size.
+    one, which bounds its part of the size. A bias goes into the architecture's own
+    place for one; where that has to be switched on, all layers that the setting covers
+    get one, zeros but for those that have one to store, and a layer's price counts all.
+
+    Where an N:M pattern holds in another order of the channels of an MLP, the order is
+    folded into the layers that make them, so that the tensor itself follows it.
 
     Args:
         cutter: What can be left out of the model, if one is known.
@@ -58,21 +71,41 @@ class TransformersFolder(Exporter):
         """Find out how transformers saves the model, and what it can leave out."""
         return TransformersFolder(Cutter(model, inventory), inventory.layers)
 
+    def refuses(self, layer: Layer, storage: Storage) -> str | None:
+        """Say why the model's class cannot hold a layer so stored, or None."""
+        if storage.hidden is not None:
+            return self._cutter.narrow_misfit(storage.hidden) if self._cutter else None
+        reason = refuse_permuting(layer) if storage.permuted else None
+        if reason or not storage.bias or self._cutter is None:
+            return reason
+        return self._cutter.switches.refuses(layer)
+
     def tensors(self, layer: Layer, storage: Storage) -> dict[str, Part]:
-        """Name the layer's weight, as in memory; an expert as if it were alone."""
+        """Name what a layer has, as in memory; an expert as if it were alone."""
         expert = expert_of(layer.name)
         stem = f"{expert[0]}.{expert[2]}.{expert[1]}" if expert else layer.name
-        return {f"{stem}.weight": Part(storage.dtype, storage.shape)}
+        parts = {f"{stem}.weight": Part(storage.dtype, storage.shape)}
+        if storage.bias:
+            parts[f"{stem}.bias"] = Part(storage.dtype, (storage.shape[0],))
+        return parts
 
     def metadata(self) -> dict[str, str]:
         """Say that the tensors are torch's."""
         return {"format": "pt"}
 
     def layer_bytes(self, layer: Layer, storage: Storage) -> int:
-        """Price a layer: all actions alike."""
+        """Price a layer: all actions alike, but for biases and the hidden state."""
         if self._cutter is None:
             return super().layer_bytes(layer, storage)
-        return Part(storage.dtype, storage.shape).nbytes
+        narrow = storage.hidden is not None  # in all layers, so that it will be cut
+        shape = (storage.kept,) if narrow else storage.shape
+        price = Part(storage.dtype, shape).nbytes
+        if storage.bias:
+            switches = self._cutter.switches
+            added = switches.added(switches.needed([layer]))
+            parts = {name: _part(tensor) for name, tensor in added.items()}
+            price += sum(p.nbytes + header_bytes(n, p) for n, p in parts.items())
+        return price
 
     def size_bytes(
         self, storages: Mapping[Layer, Storage], untouched: Mapping[str, Part]
@@ -91,14 +124,29 @@ class TransformersFolder(Exporter):
         return self._cutter.decide(storages)[1] if self._cutter else []
 
     def write(self, folder: Path, job: ExportJob) -> None:
-        """Load the dense model anew, put the variants on it and save it."""
+        """Load the dense model anew, put the variants on it and save it.
+
+        Raises:
+            ExportError: If a layer gets a bias that the model's class cannot have, or
+                an order of columns that no other layer can follow.
+        """
         model = load_model(job.checkpoint, job.auto_class)
         cutter = self._cutter or Cutter(model, job.inventory)
-        kept = {}
+        kept, orders = {}, {}
         for layer in job.inventory.layers:
             variant = job.variant(layer)
-            write_weight(model, layer, variant.weight)
+            weight = variant.weight
+            if variant.bias is not None and (why := cutter.switches.refuses(layer)):
+                raise ExportError(
+                    f"the target {self.name!r} cannot hold {layer.name}: {why}. Export "
+                    "it as packed, or take an action without a bias"
+                )
+            write_weight(model, layer, weight)
+            put_bias(model, layer, bias_of(weight))
             kept[layer] = kept_units(layer, variant)
+            if variant.order is not None:
+                orders[layer] = variant.order
+        fold(model, job.inventory, orders)
         model = cutter.cut(model, cutter.decide(job.storages)[0], kept)
         if model.can_generate():
             # Published settings are often such that transformers refuses to save them;

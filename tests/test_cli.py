@@ -354,10 +354,21 @@ def test_solve_needs_a_run_that_measured_something(finished: Path) -> None:
 def test_plugins_and_methods_are_listed(space: Path) -> None:
     records = json.loads(must("plugins", "--json").stdout)
     assert "methods:gptq" in {name for one in records for name in one["objects"]}
-    methods = json.loads(must("plugins", "--methods", "--json").stdout)
-    assert "gptq" in {method["name"] for method in methods}
     assert "gptq" in must("plugins").stdout
-    assert "2210.17323" in must("plugins", "--methods").stdout
+    methods = json.loads(must("methods", "--json").stdout)
+    assert "gptq" in {method["name"] for method in methods}
+    assert "2210.17323" in must("methods").stdout
+    assert json.loads(must("methods", "gptq", "--json").stdout)["name"] == "gptq"
+    assert "Round columns one by one" in must("methods", "gptq").stdout
+    assert "\n| `gptq` | quantizes |" in must("methods", "--markdown").stdout
+
+
+def test_a_method_that_does_not_exist_is_told_with_what_is_near() -> None:
+    result = run("methods", "gtpq")
+    assert result.exit_code == 1
+    assert "unknown method 'gtpq'. Did you mean 'gptq'?" in result.stderr
+    assert result.stdout == ""
+    assert run("methods", "gptq", "--markdown").exit_code == 2
 
 
 @pytest.mark.slow

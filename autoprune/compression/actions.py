@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from autoprune.compression.hidden import HiddenMethod
 from autoprune.compression.method import CompressionMethod, Settings
 from autoprune.compression.storage import Storage
 from autoprune.compression.structured import StructuredMethod
 from autoprune.errors import MethodError, PluginError, PolicyError, unknown_name
+from autoprune.models.gradients import GRADIENTS
 from autoprune.models.statistics import STATISTICS
 from autoprune.policy import Action, Layer, Policy, Step
 
@@ -35,6 +37,11 @@ class Actions:
         """Tell whether the first step acts on all layers of a site together."""
         first = action.steps[:1]
         return any(isinstance(self.method(step), StructuredMethod) for step in first)
+
+    def is_hidden(self, action: Action) -> bool:
+        """Tell whether an action narrows the hidden state of the whole model."""
+        first = action.steps[:1]
+        return any(isinstance(self.method(step), HiddenMethod) for step in first)
 
     def settings(self, step: Step) -> Settings:
         """Complete the parameters of a step.
@@ -73,11 +80,12 @@ class Actions:
         needs: set[str] = set()
         for step in action.steps:
             method = self.method(step)
-            unknown = method.needs - STATISTICS
+            known = STATISTICS | GRADIENTS
+            unknown = method.needs - known
             if unknown:
                 raise PluginError(
                     f"method {method.name!r} needs "
-                    + unknown_name("statistic", min(unknown), STATISTICS)
+                    + unknown_name("statistic", min(unknown), known)
                 )
             needs |= method.needs
         return frozenset(needs)
@@ -87,7 +95,17 @@ class Actions:
         storage = Storage.dense(layer)
         for step in action.steps:
             method, settings = self.method(step), self.settings(step)
-            if method.needs and layer.input is None:
+            if method.needs & GRADIENTS and layer.block is None:
+                return (
+                    f"{step} needs gradients, taken in blocks; {layer.name} is in none"
+                )
+            if storage.hidden is not None:
+                return (
+                    f"{step} cannot follow: a rotation leaves no mask and no grid. "
+                    "Leave it out"
+                )
+            of_inputs = method.needs and not isinstance(method, HiddenMethod)
+            if of_inputs and layer.input is None:
                 return f"{step} needs statistics of inputs, which {layer.name} has not"
             reason = method.refuses(layer, storage, settings)
             if reason:

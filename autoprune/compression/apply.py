@@ -6,7 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from autoprune.models.weights import read_weight, write_weight
+from autoprune.models.biases import bias_of, put_bias
+from autoprune.models.weights import (
+    is_parameter,
+    parameter_of,
+    read_weight,
+    write_weight,
+)
 from autoprune.policy import DENSE, Action, Layer
 
 
@@ -77,14 +83,27 @@ class StitchedModel:
         Args:
             layer: The layer.
             action: The action that the weight belongs to.
-            weight: ``[out, in]``; None to restore the dense weight.
+            weight: ``[out, in]``, with the bias that it brings; None to restore the
+                dense weight and the layer's own bias.
         """
         if layer not in self._dense:
-            self._dense[layer] = read_weight(self.model, layer).clone()
-        write_weight(
-            self.model, layer, self._dense[layer] if weight is None else weight
-        )
+            now = read_weight(self.model, layer)
+            self._dense[layer] = now if is_parameter(self.model, layer) else now.clone()
+        self._place(layer, self._dense[layer] if weight is None else weight)
+        put_bias(self.model, layer, None if weight is None else bias_of(weight))
         self.actions[layer] = action
+
+    def _place(self, layer: Layer, weight: Tensor) -> None:
+        """Let a parameter be the weight; copy where it is a part of the parameter.
+
+        Without a copy the dense weight may stay in the file that it is mapped from, and
+        takes memory only while it is read.
+        """
+        if tuple(weight.shape) != layer.shape or not is_parameter(self.model, layer):
+            write_weight(self.model, layer, weight)
+            return
+        parameter = self.model.get_parameter(parameter_of(layer.name))
+        parameter.data = weight.detach().to(parameter).contiguous()
 
     def claim(self, bank: str) -> None:
         """Take off the variants of other banks: equal actions differ in weights there.

@@ -1,6 +1,6 @@
 """A bank: the variants made from one set of layer inputs, made once and on demand."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -8,19 +8,28 @@ from torch import Tensor
 
 from autoprune.compression.actions import Actions
 from autoprune.compression.apply import StitchedModel
+from autoprune.compression.gradients import VERSION as GRADIENTS_VERSION
+from autoprune.compression.gradients import measure_gradients
 from autoprune.compression.making import Making
 from autoprune.compression.method import Source
+from autoprune.compression.needs import (
+    Pairs,
+    by_layer,
+    gatherings,
+    gradient_needs,
+    structured_steps,
+)
 from autoprune.compression.store import VariantStore
 from autoprune.compression.variant import Variant
 from autoprune.errors import PluginError, StoreError
 from autoprune.models.blocks import BlockRunner
+from autoprune.models.gradients import GRADIENTS, LayerGradients, TaskLoss
+from autoprune.models.hidden_statistics import gather_hidden
 from autoprune.models.inputs import OnInput
 from autoprune.models.layers import Inventory
 from autoprune.models.statistics import NO_STATISTICS, Gathering, InputStatistics
 from autoprune.models.text import TokenWindows
-from autoprune.policy import Action, Layer, Site, Step, digest
-
-Pairs = Iterable[tuple[Layer, Action]]
+from autoprune.policy import Action, Layer, digest
 
 INPUTS_VERSION = 2
 """Raised when a bank takes its inputs in another way; part of every variant's key."""
@@ -40,6 +49,7 @@ class VariantBank:
         reference: Action of every layer whose compressed model gives the inputs; empty
             for dense inputs.
         batch: Windows that pass a block at a time.
+        loss: What gradients are taken of; None if no method needs them.
     """
 
     stitched: StitchedModel
@@ -50,6 +60,8 @@ class VariantBank:
     revision: str
     reference: Mapping[Layer, Action] = field(default_factory=dict)
     batch: int = 8
+    loss: TaskLoss | None = None
+    _gradients: Mapping[Layer, LayerGradients] = field(default_factory=dict, init=False)
 
     @cached_property
     def name(self) -> str:
@@ -66,9 +78,15 @@ class VariantBank:
     def key(self, layer: Layer, action: Action) -> str:
         """Name a variant by all that it depends on, and nothing else.
 
-        An action that needs no statistics does not depend on text or reference.
+        An action that needs no statistics does not depend on text or reference; one
+        that needs gradients depends on the text, but not on the reference.
         """
-        inputs = self.name if self.actions.needs(action) else self.revision
+        needs = self.actions.needs(action)
+        inputs = self.name if needs - GRADIENTS else self.revision
+        if needs & GRADIENTS:
+            about = [self.tokens.fingerprint, str(self.stitched.dtype)]
+            task = self.loss.task.name if self.loss else None
+            inputs = digest([inputs, GRADIENTS_VERSION, *about, task])
         identity = self.actions.identity(action)
         return digest([inputs, layer.name, list(layer.shape), identity])
 
@@ -125,19 +143,42 @@ class VariantBank:
         for pair in missing:
             self.actions.storage(*pair)  # refusals speak before anything is computed
         plain = [pair for pair in missing if not self._is_streamed(pair[1])]
-        making = Making(self.actions)
-        for layer, actions in _by_layer(plain).items():
-            self._make_group(making, (layer,), actions, NO_STATISTICS)
         streamed = [pair for pair in missing if self._is_streamed(pair[1])]
-        if streamed:
-            self.stitched.claim(self.name)
-            before = dict(self.stitched.actions)
-            self.stitched.restore()
-            try:
+        steep = gradient_needs(
+            self.actions, self.inventory, [*missing, *self._lost_references(streamed)]
+        )
+        if not (streamed or steep):
+            self._make_plain(plain)
+            return len(missing)
+        self.stitched.claim(self.name)
+        before = dict(self.stitched.actions)
+        self.stitched.restore()
+        try:
+            self._gradients = measure_gradients(
+                self.stitched.model, self.inventory, self.loss, self.tokens.ids, steep
+            )
+            self._make_plain(plain)
+            if streamed:
                 self._stream(streamed, progress or (lambda done, total: None))
-            finally:
-                self._return_to(before)
+        finally:
+            self._gradients = {}
+            self._return_to(before)
         return len(missing)
+
+    def _make_plain(self, pairs: Pairs) -> None:
+        """Make variants that need no inputs, layer by layer."""
+        making = Making(self.actions)
+        for layer, actions in by_layer(pairs).items():
+            self._make_group(making, (layer,), actions, NO_STATISTICS)
+
+    def _lost_references(self, streamed: Pairs) -> list[tuple[Layer, Action]]:
+        """Name what a pass makes on its way: what the reference has lost."""
+        steep = [
+            (layer, action)
+            for layer, action in self.reference.items()
+            if streamed and self.actions.needs(action) & GRADIENTS
+        ]
+        return [pair for pair in steep if self.store.get(self.key(*pair)) is None]
 
     def _stream(
         self,
@@ -145,11 +186,18 @@ class VariantBank:
         progress: Callable[[int, int], None],
     ) -> None:
         """Take each block's inputs, make its variants, pass on what it gives."""
-        last = max(layer.block or 0 for layer, _ in wanted)
-        self._put_outside()
         runner = BlockRunner(
             self.stitched.model, self.inventory, self.tokens.ids, batch=self.batch
         )
+        pairs = [*wanted, *self.missing(self.reference.items())]
+        whole = {pair: None for pair in pairs if self.actions.is_hidden(pair[1])}
+        if whole:  # on dense inputs, whatever the reference is
+            found = gather_hidden(self.stitched.model, self.inventory, runner)
+            for layer, actions in by_layer(whole).items():
+                self._make_group(Making(self.actions), (layer,), actions, found)
+        wanted = [pair for pair in wanted if pair not in whole]
+        last = max((layer.block or 0 for layer, _ in wanted), default=-1)
+        self._put_outside()
         hidden = runner.start()
         for block in range(last + 1):
             progress(block, last + 1)
@@ -161,9 +209,9 @@ class VariantBank:
             kept = {pair: self.store.get(self.key(*pair)) for pair in reference.items()}
             absent = [pair for pair, variant in kept.items() if variant is None]
             here = [pair for pair in wanted if pair[0].block == block] + absent
-            gatherings = self._gatherings(here)
-            after = runner.collect(block, hidden, _into(gatherings), inputs=gatherings)
-            self._make_block(_by_layer(dict.fromkeys(here)), gatherings)
+            sums = gatherings(self.actions, self.inventory, here)
+            after = runner.collect(block, hidden, _into(sums), inputs=sums)
+            self._make_block(by_layer(dict.fromkeys(here)), sums)
             for (layer, action), variant in kept.items():
                 variant = variant or self._read(layer, action)
                 self.stitched.write(layer, action, variant.weight)
@@ -180,54 +228,31 @@ class VariantBank:
                 variant = self._read(layer, action)
                 self.stitched.write(layer, action, variant.weight)
 
-    def _gatherings(self, pairs: Pairs) -> dict[str, Gathering]:
-        needs: dict[str, set[str]] = {}
-        widths: dict[str, int] = {}
-        for layer, action in pairs:
-            whole = self.actions.is_structured(action)
-            for one in self.inventory.group_of(layer).layers if whole else (layer,):
-                if one.input is not None:
-                    needed = self.actions.needs(action)
-                    needs.setdefault(one.input, set()).update(needed)
-                    widths[one.input] = one.shape[1]
-        return {name: Gathering(need, widths[name]) for name, need in needs.items()}
-
     def _make_block(
-        self, wanted: Mapping[Layer, list[Action]], gatherings: Mapping[str, Gathering]
+        self, wanted: Mapping[Layer, list[Action]], sums: Mapping[str, Gathering]
     ) -> None:
         """Make a block's variants; layers that share input and actions go together."""
         making = Making(self.actions)
-        for (group, _), steps in self._structured(wanted).items():
+        together = structured_steps(self.actions, self.inventory, wanted)
+        for (group, _), steps in together.items():
             names = {layer.input for layer in group.layers if layer.input is not None}
-            known = {name: gatherings[name].result() for name in names}
+            known = {name: sums[name].result() for name in names}
             making.start(self._dense(group.layers), list(steps), known)
         groups: dict[tuple[str | None, tuple[Action, ...]], list[Layer]] = {}
         for layer, wished in wanted.items():
             groups.setdefault((layer.input, tuple(wished)), []).append(layer)
         for (name, actions), layers in groups.items():
-            statistics = gatherings[name].result() if name else NO_STATISTICS
+            statistics = sums[name].result() if name else NO_STATISTICS
             self._make_group(making, tuple(layers), actions, statistics)
 
-    def _structured(
-        self, wanted: Mapping[Layer, list[Action]]
-    ) -> dict[tuple[Site, str], dict[Step, None]]:
-        """Name the first steps that act on whole sites, by site and method."""
-        found: dict[tuple[Site, str], dict[Step, None]] = {}
-        for layer, actions in wanted.items():
-            for action in actions:
-                if self.actions.is_structured(action):
-                    first = action.steps[0]
-                    place = self.inventory.group_of(layer), first.method
-                    found.setdefault(place, {})[first] = None
-        return found
-
     def _is_streamed(self, action: Action) -> bool:
-        return bool(self.actions.needs(action)) or self.actions.is_structured(action)
+        inputs = self.actions.needs(action) - GRADIENTS
+        return bool(inputs) or self.actions.is_structured(action)
 
     def _dense(self, layers: Sequence[Layer]) -> list[Source]:
         weights = [self.stitched.dense_weight(layer) for layer in layers]
         return [
-            Source(layer, Variant.dense(weight), weight)
+            Source(layer, Variant.dense(weight), weight, self._gradients.get(layer))
             for layer, weight in zip(layers, weights, strict=True)
         ]
 
@@ -270,12 +295,5 @@ class VariantBank:
             self.stitched.write(layer, action, variant.weight if variant else None)
 
 
-def _into(gatherings: Mapping[str, Gathering]) -> OnInput:
-    return lambda name, inputs: gatherings[name].add(inputs)
-
-
-def _by_layer(pairs: Pairs) -> dict[Layer, list[Action]]:
-    grouped: dict[Layer, list[Action]] = {}
-    for layer, action in pairs:
-        grouped.setdefault(layer, []).append(action)
-    return grouped
+def _into(sums: Mapping[str, Gathering]) -> OnInput:
+    return lambda name, inputs: sums[name].add(inputs)

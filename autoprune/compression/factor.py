@@ -94,9 +94,11 @@ def factorise(
             tried,
             ", ".join(names),
         )
-    pivots = found.diagonal().flip(0)
-    feedback = -(_inverse(found) * found.diagonal()[:, None]).t().flip(0, 1)
-    return Factor(feedback.float(), pivots.square().float(), dead, order)
+    # A Hessian may take more than a block's weights: all of this is done in place.
+    pivots = found.diagonal().clone()
+    _invert(found)
+    feedback = found.mul_(pivots[:, None]).neg_().t().flip(0, 1)
+    return Factor(feedback.float(), pivots.flip(0).square().float(), dead, order)
 
 
 def _reversed_cholesky(
@@ -104,28 +106,28 @@ def _reversed_cholesky(
 ) -> Float[Tensor, "in in"] | None:
     """Factorise the Hessian with both axes reversed; None if not positive definite."""
     for dtype in (torch.float32, torch.float64):
-        flipped = hessian.flip(0, 1).to(dtype)
+        flipped = hessian.flip(0, 1).to(dtype).t()  # by columns, as LAPACK wants it
         diagonal = flipped.diagonal()
         # A dead column shares nothing with others: any positive pivot serves.
         diagonal.masked_fill_(dead.flip(0), float(diagonal.mean()))
         diagonal.add_(added)
-        lower, info = torch.linalg.cholesky_ex(flipped)
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            factor: Tensor = lower
-            return factor
+        info = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(flipped, out=(flipped, info))
+        if int(info) == 0 and bool(torch.isfinite(diagonal).all()):
+            return flipped
     return None
 
 
-def _inverse(lower: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Invert a lower triangle by halves: matrix products instead of a full solve."""
+def _invert(lower: Float[Tensor, "n n"]) -> None:
+    """Invert a lower triangle in place, by halves: products instead of a full solve."""
     size = len(lower)
     if size <= INVERSE_LEAF:
         identity = torch.eye(size, dtype=lower.dtype)
-        small: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-        return small
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
     half = size // 2
-    inverse = torch.zeros_like(lower)
-    inverse[:half, :half] = first = _inverse(lower[:half, :half])
-    inverse[half:, half:] = second = _inverse(lower[half:, half:])
-    torch.mm(second, lower[half:, :half] @ first, out=inverse[half:, :half]).neg_()
-    return inverse
+    first, second = lower[:half, :half], lower[half:, half:]
+    _invert(first)
+    _invert(second)
+    below = lower[half:, :half]
+    torch.mm(second, below @ first, out=below).neg_()

@@ -99,6 +99,7 @@ _E4M3, _E2M1 = _e4m3(), tuple(float_values(2, 1, bias=1))
 FORMATS = {
     INTEGERS: Format(),
     "int_float_zero": Format(float_zeros=True),
+    "int_tensor": Format(scales="none", tensor_scale=True),
     "fp8_e4m3": Format(_E4M3, bits=8),
     "fp8_e4m3_tensor": Format(_E4M3, bits=8, scales="none", tensor_scale=True),
     "nf4": Format(tuple(normal_quantiles()), bits=4),

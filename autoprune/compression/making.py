@@ -7,7 +7,7 @@ from autoprune.compression.actions import Actions
 from autoprune.compression.method import Source
 from autoprune.compression.structured import StructuredMethod
 from autoprune.compression.variant import Variant
-from autoprune.errors import AutoPruneError, PluginError
+from autoprune.errors import AutoPruneError, MethodError, PluginError
 from autoprune.models.statistics import InputStatistics
 from autoprune.policy import Action, Layer, Step
 
@@ -111,6 +111,8 @@ class Making:
         who = f"method {method.name!r} of {type(method).__module__}"
         try:
             made = compress()
+        except MethodError as error:  # methods know layers, but not their own action
+            raise MethodError(f"{where}: {error}") from error
         except AutoPruneError:
             raise
         except Exception as error:

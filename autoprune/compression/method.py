@@ -15,6 +15,7 @@ from torch import Tensor
 from autoprune.compression.storage import Storage
 from autoprune.compression.variant import Variant
 from autoprune.errors import MethodError, unknown_name
+from autoprune.models.gradients import LayerGradients
 from autoprune.models.statistics import InputStatistics
 from autoprune.policy import Layer, Value
 
@@ -36,6 +37,8 @@ class Parameter:
         pattern: True for an ``N:M`` pattern such as ``2:4``: N kept of every M.
         required: True if every action has to name it.
         help: What it does, in one line.
+        example: Value that tables and docs show where a default does not suffice; see
+            ``examples``. None for none.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Parameter:
     open_range: bool = False
     pattern: bool = False
     required: bool = False
+    example: Value | None = None
 
     def check(self, value: Any, method: str) -> Value:
         """Return the value in its kind.
@@ -114,11 +118,14 @@ class Source:
         variant: Its weight, mask, codes so far. Never written to.
         dense: Its weight before the first step, for methods that bring weights back;
             None where nobody has it. Never written to.
+        gradient: Of the dense model's loss by its weight, with what ``needs`` names;
+            None if it names none. Never written to.
     """
 
     layer: Layer
     variant: Variant
     dense: Tensor | None = None
+    gradient: LayerGradients | None = None
 
 
 class CompressionMethod(ABC):
@@ -133,8 +140,8 @@ class CompressionMethod(ABC):
         name: Unique, lower case.
         version: Raised when variants come out differently; part of their key.
         reference: The paper, with section or equation.
-        needs: Statistics of a layer's inputs that ``compress`` reads:
-            ``input_norm``, ``hessian``, or none.
+        needs: What ``compress`` reads: names out of ``STATISTICS``, of a layer's
+            inputs, and out of ``GRADIENTS``, of its own; or none.
         parameters: What an action may set.
         kinds: Kinds of sites that it acts on as a whole; empty if it may act anywhere.
     """

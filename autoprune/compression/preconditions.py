@@ -1,11 +1,13 @@
 """What built-in methods ask for and refuse: their common parameters and checks."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from autoprune.compression.checks import require_finite
 from autoprune.compression.masks import (
     kept_by_pattern,
     kept_by_sparsity,
@@ -20,15 +22,35 @@ from autoprune.errors import MethodError
 from autoprune.models.statistics import InputStatistics
 from autoprune.policy import Layer
 
+log = logging.getLogger(__name__)
+
 SPARSITY = Parameter(
-    "sparsity", float, None, "Fraction of the weights to remove.", 0, 1, open_range=True
+    "sparsity",
+    float,
+    None,
+    "Fraction of the weights to remove.",
+    0,
+    1,
+    open_range=True,
+    example=0.5,
 )
 PATTERN = Parameter(
-    "pattern", str, None, "N:M, N kept of every M weights of a row.", pattern=True
+    "pattern",
+    str,
+    None,
+    "N:M, N kept of every M weights of a row.",
+    pattern=True,
+    example="2:4",
 )
-BITS = Parameter("bits", int, None, "Bits of a code.", 2, 8, required=True)
+BITS = Parameter("bits", int, None, "Bits of a code.", 2, 8, required=True, example=4)
 GROUP = Parameter(
-    "group", int, None, "Weights of a row that share a scale; a row if none.", 2, 65536
+    "group",
+    int,
+    None,
+    "Weights of a row that share a scale; a row if none.",
+    2,
+    65536,
+    example=64,
 )
 SYMMETRIC = Parameter("symmetric", bool, False, "No zero points are stored.")
 DAMPING = Parameter(
@@ -40,7 +62,9 @@ DAMPING = Parameter(
     1,
 )
 
-LOW_RANK_IS_LAST = "it already has low-rank factors: they are the last step"
+LOW_RANK_IS_LAST = (
+    "it already has low-rank factors: they are the last step, put this one before"
+)
 
 
 def check_sparsity_or_pattern(method: str, settings: Settings) -> Settings:
@@ -90,7 +114,9 @@ def refuse_quantization(
     if previous.bits is not None:
         return f"already quantized to {previous.bits} bits: quantize once"
     if previous.kept == 0 and previous.low_rank is None:
-        return "nothing is left to quantize: every weight is removed"
+        return (
+            "nothing is left to quantize, every weight is removed: leave this step out"
+        )
     group, columns = settings["group"], layer.shape[1]
     if group is not None and columns % group:
         return f"group {group} does not divide its {columns} inputs"
@@ -111,7 +137,8 @@ def pruned_storage(previous: Storage, settings: Settings) -> Storage:
     """
     if settings["pattern"] is not None:
         keep, of = keep_of(settings["pattern"])
-        return previous.masked(previous.numel // of * keep, settings["pattern"])
+        kept, permuted = previous.numel // of * keep, bool(settings.get("permute"))
+        return previous.masked(kept, settings["pattern"], permuted=permuted)
     high, wide = tile_of(previous.shape, settings)
     rows, columns = previous.shape[0] // high, previous.shape[1] // wide
     if settings.get("per") == "row":
@@ -158,7 +185,7 @@ def finite_weight(source: Source) -> Float[Tensor, "out in"]:
         MethodError: If it holds NaN or infinity; names the layer.
     """
     weight = source.variant.weight.float()
-    _require_finite(weight, "weight", source.layer.name)
+    require_finite(weight, "weight", source.layer.name)
     return weight
 
 
@@ -168,9 +195,17 @@ def finite_hessian(
     """Give the Hessian of the common input.
 
     Raises:
-        MethodError: If it is missing, has another size or holds NaN or infinity.
+        MethodError: If it is missing, has another size or holds NaN or infinity, or if
+            all inputs were zero.
     """
-    return _checked(statistics.hessian, "Hessian", sources)
+    found = _checked(statistics.hessian, "Hessian", sources)
+    if not found.diagonal().any():
+        names = ", ".join(source.layer.name for source in sources)
+        raise MethodError(
+            f"the inputs of {names} were zero for every token (of {statistics.tokens})."
+            " Gather statistics from more text, or use magnitude or rtn here."
+        )
+    return found
 
 
 def finite_input_norm(
@@ -178,10 +213,20 @@ def finite_input_norm(
 ) -> Float[Tensor, " in"]:
     """Give the L2 norm of each input over all tokens.
 
+    Inputs that were all zero count alike, as those of an expert that no token reached:
+    weights are then compared by their size, not by their place.
+
     Raises:
         MethodError: If it is missing, has another size or holds NaN or infinity.
     """
-    return _checked(statistics.square_sum, "sum of squares", sources).sqrt()
+    found = _checked(statistics.square_sum, "sum of squares", sources)
+    if not found.any():
+        names = ", ".join(source.layer.name for source in sources)
+        log.warning(
+            "the inputs of %s were zero for every token: all count alike", names
+        )
+        return torch.ones_like(found)
+    return found.sqrt()
 
 
 def finite_input_abs_mean(
@@ -219,6 +264,20 @@ def finite_input_mean(
     return total / max(statistics.tokens, 1)
 
 
+def finite_input_rows(
+    sources: Sequence[Source], statistics: InputStatistics
+) -> Float[Tensor, "rows in"]:
+    """Give what some tokens gave each input; one token of zeros where none came.
+
+    Raises:
+        MethodError: If it is missing, has another size or holds NaN or infinity.
+    """
+    found = statistics.input_rows
+    if found is not None and not len(found):
+        found = found.new_zeros(1, found.shape[1])
+    return _checked(found, "sample of tokens", sources)
+
+
 def _checked(found: Tensor | None, what: str, sources: Sequence[Source]) -> Tensor:
     names = ", ".join(source.layer.name for source in sources)
     columns = sources[0].layer.shape[1]
@@ -228,16 +287,5 @@ def _checked(found: Tensor | None, what: str, sources: Sequence[Source]) -> Tens
         raise MethodError(
             f"the {what} has {found.shape[-1]} inputs, but {names} has {columns}"
         )
-    _require_finite(found, f"{what} of the inputs", names)
+    require_finite(found, f"{what} of the inputs", names)
     return found
-
-
-def _require_finite(numbers: Tensor, what: str, where: str) -> None:
-    # Both ends are cheaper to find than a mask of all numbers, and NaN reaches both.
-    low, high = numbers.aminmax()
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        count = int((~torch.isfinite(numbers)).sum())
-        raise MethodError(
-            f"the {what} of {where} holds NaN or infinity in {count} of "
-            f"{numbers.numel()} places. Check the checkpoint and the statistics."
-        )

@@ -8,6 +8,9 @@ from autoprune.compression.codebooks import encode
 from autoprune.compression.grids import fit_grid, nearest_codes
 from autoprune.compression.variant import Variant
 
+_WIDEST = 1e4
+"""Scales stay within this factor of one, so that float16 holds them and products."""
+
 
 def round_to_grid(
     variant: Variant,
@@ -66,3 +69,21 @@ def round_to_codebook(
         code=name,
         tensor_scale=coded.tensor_scale,
     )
+
+
+def smoothing(
+    largest_input: Float[Tensor, " in"],
+    largest_weight: Float[Tensor, " in"],
+    alpha: float,
+) -> Float[Tensor, " in"]:
+    """Give SmoothQuant's scale of each input (arXiv:2211.10438, Eq. 4).
+
+    It is one where an input or its weights are all zeros.
+
+    Example:
+        >>> smoothing(torch.tensor([16.0, 0.0]), torch.tensor([4.0, 2.0]), 0.5)
+        tensor([2., 1.])
+    """
+    dead = (largest_input == 0) | (largest_weight == 0)
+    scales = largest_input.pow(alpha) / largest_weight.pow(1 - alpha)
+    return scales.masked_fill(dead, 1.0).clamp(1 / _WIDEST, _WIDEST)

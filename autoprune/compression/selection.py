@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from autoprune.compression.packing import pack_bits, unpack_bits
@@ -27,6 +27,20 @@ def scatter(
     full = np.zeros(shape[0] * shape[1], dtype=bits.dtype)
     full[np.flatnonzero(mask.numpy())] = bits
     return torch.from_numpy(full).view(kept.dtype).view(shape)
+
+
+def in_order(
+    full: Shaped[Tensor, "out in"], order: Int[Tensor, " in"] | None
+) -> Shaped[Tensor, "out in"]:
+    """Give the columns in an order; as they are if there is none."""
+    return full if order is None else full[:, order]
+
+
+def out_of_order(
+    full: Shaped[Tensor, "out in"], order: Int[Tensor, " in"] | None
+) -> Shaped[Tensor, "out in"]:
+    """Give the columns in their own order again; undoes ``in_order``."""
+    return full if order is None else full[:, order.argsort()]
 
 
 def _as_integers(tensor: Tensor) -> np.ndarray:

@@ -22,6 +22,7 @@ ITEM_BYTES = {
     "bfloat16": 2,
     "int64": 8,
     "int32": 4,
+    "int16": 2,
     "uint8": 1,
     "bool": 1,
 }
@@ -65,6 +66,12 @@ class Storage:
             ``kept`` is 0 without a mask, the product is all there is.
         units: How many units of its structure are kept, the same ones in all layers of
             the site; None if the layer's zeros are its own.
+        hidden: How many directions of the hidden state the layer has to do with, the
+            same ones in all layers of the model, told in the old basis: the weight is
+            as large as ever until it is rotated and cut. None if with all.
+        bias: True if something is added to the layer's bias.
+        permuted: True if the mask follows its ``N:M`` pattern in an order of the
+            columns that is stored with it, not in the layer's own.
     """
 
     shape: tuple[int, int]
@@ -78,15 +85,30 @@ class Storage:
     channel_scales: bool = False
     low_rank: int | None = None
     units: int | None = None
+    hidden: int | None = None
+    bias: bool = False
+    permuted: bool = False
 
     @classmethod
     def dense(cls, layer: Layer) -> "Storage":
         """Declare the untouched layer."""
         return cls(layer.shape, layer.dtype, layer.numel)
 
-    def masked(self, kept: int, mask: str, *, units: int | None = None) -> "Storage":
+    def masked(
+        self, kept: int, mask: str, *, units: int | None = None, permuted: bool = False
+    ) -> "Storage":
         """Declare the same with only ``kept`` weights left, or so many whole units."""
-        return replace(self, kept=kept, mask=mask, units=units)
+        return replace(self, kept=kept, mask=mask, units=units, permuted=permuted)
+
+    def narrowed(self, layer: Layer, hidden: int) -> "Storage":
+        """Declare the same with so many directions of the hidden state left."""
+        assert layer.hidden is not None, layer.name
+        width = layer.shape[0] if layer.hidden.axis == "rows" else layer.shape[1]
+        return replace(self, kept=self.numel // width * hidden, hidden=hidden)
+
+    def biased(self) -> "Storage":
+        """Declare the same with something added to the layer's bias."""
+        return replace(self, bias=True)
 
     def quantized(
         self,
@@ -153,8 +175,12 @@ class Storage:
         ``zeros`` of every row and group; ``tensor_scale``; ``channel_scales`` of every
         input. Codes, whole zero points and the mask are packed without gaps, least
         significant bit first. ``low_rank_a`` and ``low_rank_b`` are the factors.
+        ``added_bias`` is added to the layer's own. Where there is an ``order``, values,
+        codes and mask are stored with their columns in it.
         """
         parts: dict[str, Part] = {}
+        if self.bias:
+            parts["added_bias"] = Part(self.dtype, (self.shape[0],))
         if self.low_rank is not None:
             rows, columns = self.shape
             parts["low_rank_a"] = Part(self.dtype, (rows, self.low_rank))
@@ -172,7 +198,14 @@ class Storage:
             tiles = self.numel // prod(self.tile)
             size = packed_bytes(self.kept, bits) if bits else packed_bytes(tiles, 1)
             parts["mask"] = Part("uint8", (size,))
+        if self.permuted:
+            parts["order"] = Part(self.order_dtype, (self.shape[1],))
         return parts
+
+    @property
+    def order_dtype(self) -> str:
+        """Type of the column numbers of an order: the smallest that holds them."""
+        return "int16" if self.shape[1] <= 1 << 15 else "int32"
 
     def _scale_parts(self, bits: int) -> dict[str, Part]:
         """Name what turns codes into weights."""
@@ -219,7 +252,9 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts."""
+        """Bytes of all parts; of a layer that is to be cut, after the cut."""
+        if self.hidden is not None:
+            return self.kept * ITEM_BYTES[self.dtype]
         return sum(part.nbytes for part in self.parts.values())
 
 

@@ -35,6 +35,7 @@ KEEP = Parameter(
     1,
     open_range=True,
     required=True,
+    example=0.5,
 )
 
 LADDER = 128
@@ -47,6 +48,7 @@ SITES = {
     "block": "blocks.*.block",
     "channels": "blocks.*.mlp",
     "heads": "blocks.*.attention",
+    "hidden": "hidden",
 }
 """What sites of a kind are called in a space."""
 

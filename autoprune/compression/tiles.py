@@ -15,7 +15,11 @@ from autoprune.policy import Layer, Value
 
 PER = Parameter("per", str, "row", "Which weights compete: row or layer.")
 TILE = Parameter(
-    "tile", str, None, "Removed as a whole: rows x columns such as 1x8; row; column."
+    "tile",
+    str,
+    None,
+    "Removed as a whole: rows x columns such as 1x8; row; column.",
+    example="1x8",
 )
 
 _TILE = re.compile(r"row|column|[1-9]\d*x[1-9]\d*")

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from autoprune.compression.codebooks import (
@@ -16,12 +16,15 @@ from autoprune.compression.codebooks import (
 from autoprune.compression.formats import FORMATS, INTEGERS
 from autoprune.compression.packing import pack_bits, unpack_bits
 from autoprune.compression.selection import (
+    in_order,
+    out_of_order,
     pack_mask,
     scatter,
     take,
     unpack_mask,
 )
 from autoprune.compression.storage import BITMAP, Storage
+from autoprune.models.biases import with_bias
 
 Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
 """Two matrices of low rank, in the order of their product."""
@@ -45,6 +48,9 @@ class Variant:
             rounded, in the layer's type; None if by nothing.
         low_rank: Two factors, in the layer's type, whose product is added; None if
             there are none.
+        bias: What is added to the layer's bias, in the layer's type; None if nothing.
+        order: Columns in the order in which the mask follows its ``N:M`` pattern; None
+            if it does in their own. Everything else here stays in their own order.
     """
 
     storage: Storage
@@ -56,6 +62,8 @@ class Variant:
     tensor_scale: Float[Tensor, " 1"] | None = None
     channel_scales: Float[Tensor, " in"] | None = None
     low_rank: Factors | None = None
+    bias: Float[Tensor, " out"] | None = None
+    order: Int[Tensor, " in"] | None = None
 
     @classmethod
     def dense(cls, weight: Float[Tensor, "out in"]) -> Self:
@@ -71,6 +79,7 @@ class Variant:
         *,
         pattern: str | None = None,
         units: int | None = None,
+        order: Int[Tensor, " in"] | None = None,
     ) -> "Variant":
         """Give the variant with a new weight, stored only where ``kept`` is True.
 
@@ -79,12 +88,22 @@ class Variant:
             kept: True where a weight stays.
             pattern: ``N:M`` or ``RxC`` tiles that ``kept`` follows; None for neither.
             units: How many units are kept, if all layers of the site keep the same.
+            order: Columns in the order in which ``kept`` follows an ``N:M`` pattern;
+                None if it does in their own.
         """
         dtype = getattr(torch, self.storage.dtype)
         values = torch.where(kept, weight.to(dtype), torch.zeros((), dtype=dtype))
         count = int(kept.sum())
-        storage = self.storage.masked(count, pattern or BITMAP, units=units)
-        return Variant(storage, values=values, mask=kept)
+        permuted = order is not None
+        storage = self.storage.masked(
+            count, pattern or BITMAP, units=units, permuted=permuted
+        )
+        return Variant(storage, values=values, mask=kept, bias=self.bias, order=order)
+
+    def biased(self, bias: Float[Tensor, " out"]) -> "Variant":
+        """Give the variant with something added to the layer's bias, in any type."""
+        dtype = getattr(torch, self.storage.dtype)
+        return replace(self, storage=self.storage.biased(), bias=bias.to(dtype))
 
     def quantized(
         self,
@@ -136,20 +155,23 @@ class Variant:
         left, right = (factor.to(dtype).contiguous() for factor in factors)
         storage = self.storage.factored(left.shape[1], alone=alone)
         if alone:
-            return Variant(storage, low_rank=(left, right))
+            return Variant(storage, low_rank=(left, right), bias=self.bias)
         return replace(self, storage=storage, low_rank=(left, right))
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """The weight that the model computes with, in the layer's type."""
+        """The weight that the model computes with, in the layer's type.
+
+        It brings the variant's bias along, if there is one; see ``models.biases``.
+        """
         if self.low_rank is None:
-            return self.base
+            return with_bias(self.base, self.bias)
         left, right = (factor.float() for factor in self.low_rank)
         product = left @ right
         if not self.storage.is_factored_alone:
             product = product + self.base.float()
         dtype: torch.dtype = getattr(torch, self.storage.dtype)
-        return product.to(dtype)
+        return with_bias(product.to(dtype), self.bias)
 
     @property
     def base(self) -> Float[Tensor, "out in"]:
@@ -183,20 +205,25 @@ class Variant:
     def pack(self) -> dict[str, Tensor]:
         """Give the tensors that are stored, as ``storage.parts`` declares them."""
         storage, parts = self.storage, {}
+        if self.bias is not None:
+            parts["added_bias"] = self.bias
         if self.low_rank is not None:
             parts["low_rank_a"], parts["low_rank_b"] = self.low_rank
         if storage.is_factored_alone:
             return parts
-        if self.values is not None:
-            parts["values"] = take(self.values, self.mask)
+        full = self.codes if self.values is None else self.values
+        assert full is not None
+        mask = None if self.mask is None else in_order(self.mask, self.order)
+        taken = take(in_order(full, self.order), mask)
+        if storage.bits is None:
+            parts["values"] = taken
         else:
-            assert self.codes is not None and storage.bits is not None
-            parts["codes"] = pack_bits(
-                take(self.codes, self.mask).flatten(), storage.bits
-            )
+            parts["codes"] = pack_bits(taken.flatten(), storage.bits)
             parts |= self._pack_scales(storage.bits)
-        if self.mask is not None:
-            parts["mask"] = pack_mask(self.mask, storage)
+        if mask is not None:
+            parts["mask"] = pack_mask(mask, storage)
+        if self.order is not None:
+            parts["order"] = self.order.to(getattr(torch, storage.order_dtype))
         return parts
 
     def _pack_scales(self, bits: int) -> dict[str, Tensor]:
@@ -218,24 +245,26 @@ class Variant:
     @classmethod
     def unpack(cls, storage: Storage, parts: Mapping[str, Tensor]) -> Self:
         """Read a variant from its stored tensors."""
-        shape, dtype = storage.shape, getattr(torch, storage.dtype)
-        low_rank = None
+        dtype = getattr(torch, storage.dtype)
+        variant = cls(storage, bias=parts.get("added_bias"))
         if storage.low_rank is not None:
-            low_rank = parts["low_rank_a"], parts["low_rank_b"]
+            factors = parts["low_rank_a"], parts["low_rank_b"]
+            variant = replace(variant, low_rank=factors)
         if storage.is_factored_alone:
-            return cls(storage, low_rank=low_rank)
+            return variant
         mask = unpack_mask(parts["mask"], storage) if storage.mask else None
+        order = parts["order"].long() if storage.permuted else None
         if storage.bits is None:
-            values = scatter(parts["values"].view(dtype), mask, shape)
-            return cls(storage, values=values, mask=mask, low_rank=low_rank)
-        codes = unpack_bits(parts["codes"], storage.bits, storage.kept)
-        return cls(
-            storage,
-            codes=scatter(codes, mask, shape),
-            mask=mask,
-            low_rank=low_rank,
-            **_unpack_scales(storage, parts),
-        )
+            taken = parts["values"].view(dtype)
+        else:
+            taken = unpack_bits(parts["codes"], storage.bits, storage.kept)
+        full = out_of_order(scatter(taken, mask, storage.shape), order)
+        mask = None if mask is None else out_of_order(mask, order)
+        variant = replace(variant, mask=mask, order=order)
+        if storage.bits is None:
+            return replace(variant, values=full)
+        scales: dict[str, Any] = _unpack_scales(storage, parts)
+        return replace(variant, codes=full, **scales)
 
 
 def _stored_scales(

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from autoprune.models.biases import added_bias, bias_of
 from autoprune.models.task import output_layer
 from autoprune.models.weights import find_weight, parameter_of, view_of_layer
 from autoprune.policy import Layer
@@ -23,10 +24,14 @@ class LayerSlopes:
         score: Change of each window's log-likelihood of drawn labels, to first order,
             over the square root of its positions; no rows where none were drawn. Half
             its mean square estimates the second-order change of the KL.
+        crossed: What that half mean square would be if gradients had nothing to do with
+            what was read: all pairs of sampled positions, ``(g_t · dW x_s)²``. Biased,
+            and far less noisy than a few draws. Empty where it was not asked for.
     """
 
     kl: Float[Tensor, "windows variants"]
     score: Float[Tensor, "draws variants"]
+    crossed: Float[Tensor, " _"] = field(default_factory=lambda: torch.empty(0))
 
 
 class Pricing:
@@ -35,7 +40,13 @@ class Pricing:
     Linear layers are priced window by window, from what they read and the gradient of
     what they gave. Others (embeddings, experts, transposed weights) are priced by
     their parameter's gradient, one figure for all windows that pass together; so where
-    there are such, windows pass one by one.
+    there are such, windows pass one by one. Biases that variants bring are priced in
+    linear layers; elsewhere (GPT-2's transposed weights) only the weight has a price.
+
+    Args:
+        model: The model, with a policy's variants on it.
+        variants: For each layer the weights to price.
+        sampled: Positions of every pass of drawn labels whose pairs make ``crossed``.
 
     Attributes:
         counts: Scored positions of each window that is passing.
@@ -43,9 +54,15 @@ class Pricing:
     """
 
     def __init__(
-        self, model: nn.Module, variants: Mapping[Layer, Sequence[Tensor]]
+        self,
+        model: nn.Module,
+        variants: Mapping[Layer, Sequence[Tensor]],
+        *,
+        sampled: int = 0,
     ) -> None:
         self.counts = torch.ones(1)
+        self._sampled = sampled
+        self._crossed: dict[Layer, list[Tensor]] = {layer: [] for layer in variants}
         self._model = model
         self._variants = variants
         named = model.named_modules()
@@ -89,7 +106,11 @@ class Pricing:
             kl, draws = self._kl[layer], self._draws[layer]
             score = torch.stack(draws) if draws else none
             slopes = torch.stack(kl) if kl else none
+            crossed = self._crossed[layer]
             found[layer] = LayerSlopes(slopes, score)
+            if crossed:
+                pairs = torch.stack(crossed).mean(0)
+                found[layer] = replace(found[layer], crossed=pairs)
         return found
 
     @contextmanager
@@ -136,9 +157,31 @@ class Pricing:
         gradient = gradient.reshape(windows, -1, gradient.shape[-1])
         weight = torch.bmm(gradient.transpose(1, 2), read)  # of each window by itself
         rows = (self._changes(layer) @ weight.flatten(1).T).T.float()
+        biases = self._bias_changes(layer)
+        if biases is not None:
+            rows += gradient.float().sum(1) @ biases.T
         if self._score:
             rows = rows / self.counts.sqrt()[:, None]
+            if self._sampled:
+                self._cross(layer, read.flatten(0, 1), gradient.flatten(0, 1))
         self._rows(layer).extend(rows)
+
+    def _cross(
+        self,
+        layer: Layer,
+        read: Float[Tensor, "positions in"],
+        gradient: Float[Tensor, "positions out"],
+    ) -> None:
+        """Square what every sampled gradient makes of every sampled input's change."""
+        stride = -(-len(read) // self._sampled)
+        read, gradient = read[stride // 2 :: stride], gradient[stride // 2 :: stride]
+        changes = self._changes(layer).unflatten(1, (-1, read.shape[1]))
+        moved = changes @ read.T.to(changes.dtype)
+        biases = self._bias_changes(layer)
+        if biases is not None:
+            moved = moved + biases.to(moved.dtype)[:, :, None]
+        found = (gradient.to(moved.dtype) @ moved).float()
+        self._crossed[layer].append(found.square().mean((1, 2)) / 2)
 
     def _price_parameter(
         self, layers: Sequence[Layer], parameter: nn.Parameter
@@ -165,3 +208,13 @@ class Pricing:
         assert now is not None
         given = self._variants[layer]
         return torch.stack([(one.to(now.dtype) - now).flatten() for one in given])
+
+    def _bias_changes(self, layer: Layer) -> Float[Tensor, "variants out"] | None:
+        """Give what every variant would change on a linear layer's bias, if any."""
+        now = added_bias(self._linear[layer.name])
+        given = [bias_of(one) for one in self._variants[layer]]
+        if now is None and not any(bias is not None for bias in given):
+            return None
+        none = torch.zeros(layer.shape[0])
+        before = none if now is None else now.float()
+        return torch.stack([(none if b is None else b.float()) - before for b in given])

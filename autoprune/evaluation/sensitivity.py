@@ -18,9 +18,15 @@ from autoprune.compression.bank import VariantBank
 from autoprune.compression.memory import memory_bytes
 from autoprune.evaluation.slopes import measure_slopes
 from autoprune.evaluation.teacher import Teacher
+from autoprune.models.biases import bias_of
 from autoprune.models.blocks import BlockRunner
 from autoprune.models.prefix import Prefix
-from autoprune.models.statistics import Gathering, exact_products
+from autoprune.models.statistics import (
+    NO_STATISTICS,
+    Gathering,
+    InputStatistics,
+    exact_products,
+)
 from autoprune.policy import DENSE, Action, Layer
 
 log = logging.getLogger(__name__)
@@ -39,7 +45,8 @@ def output_errors(
 
     That is ``tr(D H Dᵀ) / tr(W H Wᵀ)`` with ``D = W_variant - W`` and ``H`` the Hessian
     of the layer's inputs in the bank: the layer-wise error that SparseGPT and GPTQ
-    minimise (arXiv:2301.00774, Eq. 1), over the output's own power. Where a layer has
+    minimise (arXiv:2301.00774, Eq. 1), over the output's own power; a bias that the
+    variant brings is part of what it gives. Where a layer has
     no inputs to speak of (an embedding, an expert that no token reaches) it is the
     relative error of the weight. Layers stored in bfloat16 are multiplied in bfloat16
     units.
@@ -56,7 +63,7 @@ def output_errors(
     pairs = [(layer, action) for layer, acts in wanted.items() for action in acts]
     bank.make([*pairs, *bank.reference.items()])
     found = {
-        layer: _relative_errors(bank, layer, actions, None)
+        layer: _relative_errors(bank, layer, actions, NO_STATISTICS)
         for layer, actions in wanted.items()
         if layer.input is None or layer.block is None
     }
@@ -72,12 +79,13 @@ def output_errors(
             tell(block, max(blocks) + 1)
             here = [la for la in wanted if la.block == block and la not in found]
             widths = {str(layer.input): layer.shape[1] for layer in here}
-            sums = {name: Gathering({"hessian"}, n) for name, n in widths.items()}
+            needs = {"hessian", "input_sum"}
+            sums = {name: Gathering(needs, n) for name, n in widths.items()}
             add = partial(_add, sums)
             after = runner.collect(block, hidden, add, inputs=sums)
             for layer in here:
-                hessian = sums[str(layer.input)].result().hessian
-                found[layer] = _relative_errors(bank, layer, wanted[layer], hessian)
+                read = sums[str(layer.input)].result()
+                found[layer] = _relative_errors(bank, layer, wanted[layer], read)
             reference = _reference_of(bank, block)
             for layer, action in reference.items():
                 bank.stitched.write(layer, action, bank.weight(layer, action))
@@ -174,9 +182,9 @@ def replacement_costs(
 
 
 def _relative_errors(
-    bank: VariantBank, layer: Layer, actions: Sequence[Action], hessian: Tensor | None
+    bank: VariantBank, layer: Layer, actions: Sequence[Action], read: InputStatistics
 ) -> Float[np.ndarray, " actions"]:
-    weight = bank.stitched.dense_weight(layer)
+    weight, hessian = bank.stitched.dense_weight(layer), read.hessian
     with exact_products(weight):
         power = _power(weight.float(), hessian)
         if hessian is not None and power <= 0:  # no token came this way
@@ -184,8 +192,15 @@ def _relative_errors(
             power = _power(weight.float(), None)
         errors = []
         for action in actions:
-            change = bank.weight(layer, action).float() - weight.float()
-            errors.append(_power(change, hessian) / power if power else 0.0)
+            given = bank.weight(layer, action)
+            change = given.float() - weight.float()
+            lost = _power(change, hessian)
+            bias = bias_of(given)
+            if bias is not None and hessian is not None and read.input_sum is not None:
+                # Over all tokens, |D x + b|² = |D x|² + 2 b · D x + |b|².
+                drift = 2 * change @ read.input_sum + read.tokens * bias.float()
+                lost += float(bias.double() @ drift.double())
+            errors.append(lost / power if power else 0.0)
     return np.array(errors)
 
 

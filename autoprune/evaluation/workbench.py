@@ -28,6 +28,7 @@ from autoprune.models.checkpoints import (
     load_tokenizer,
     resolve,
 )
+from autoprune.models.gradients import TaskLoss
 from autoprune.models.layers import Inventory, inventory, untouched_parameters
 from autoprune.models.prefix import Prefix
 from autoprune.models.task import Task, output_layer
@@ -177,6 +178,7 @@ class Workbench:
             self.splits["statistics"],
             self.checkpoint.revision,
             self.per_layer(reference) if reference else {},
+            loss=TaskLoss(self.task, self.tokenizer),
         )
 
     def teacher(self, split: str) -> Teacher:

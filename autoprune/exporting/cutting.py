@@ -6,6 +6,7 @@ stay keep equally many. Anything else stays zeros, and a note says so.
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from autoprune.compression.storage import Storage
 from autoprune.compression.variant import Variant
 from autoprune.errors import ExportError
+from autoprune.exporting.rotating import narrowed
 from autoprune.exporting.shrinking import (
     Remains,
     Units,
@@ -22,7 +24,9 @@ from autoprune.exporting.shrinking import (
     shrunk_state,
     skeleton,
 )
-from autoprune.models.layers import Inventory, untouched_parameters
+from autoprune.exporting.switches import BiasSwitches, everything
+from autoprune.models.hidden import HIDDEN
+from autoprune.models.layers import Inventory
 from autoprune.models.loading import first_line
 from autoprune.policy import Layer, Site
 
@@ -39,6 +43,7 @@ class Cutter:
 
     Attributes:
         whole: What stays if nothing is left out.
+        switches: Which settings give layers a bias.
     """
 
     def __init__(self, model: Any, inventory: Inventory) -> None:
@@ -48,8 +53,9 @@ class Cutter:
         self._model = skeleton(model, deepcopy(model.config))
         self._state = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for name, (dtype, shape) in _everything(model).items()
+            for name, (dtype, shape) in everything(model).items()
         }
+        self.switches = BiasSwitches(self._model, inventory)
         self._misfits: dict[Remains, str | None] = {}
 
     def decide(self, storages: Mapping[Layer, Storage]) -> tuple[Remains, list[str]]:
@@ -58,9 +64,16 @@ class Cutter:
         Args:
             storages: What every layer stores.
         """
-        empty = {layer for layer, storage in storages.items() if not storage.stored}
+        biased = [layer for layer, storage in storages.items() if storage.bias]
+        empty = {la for la, s in storages.items() if not s.stored and not s.bias}
         gone = self._empty_blocks(empty)
         remains, notes = self._left_blocks(gone)
+        if needed := self.switches.needed(biased):
+            remains = replace(remains, biases=needed)
+            count = len(self.switches.added(needed))
+            notes.append(f"{' and '.join(needed)}: {count} layers get a bias")
+        remains, told = self._narrowed(remains, storages)
+        notes += told
         for kind in _KINDS:
             groups = [
                 group
@@ -80,8 +93,7 @@ class Cutter:
                 span = f"{min(counts)} to {max(counts)} of {max(full)}"
                 notes.append(f"{kind} {_STAY}: blocks keep {span}, not equally many")
                 continue
-            units = (*remains.units, (kind, min(counts)))
-            wanted = Remains(remains.blocks, units)
+            wanted = replace(remains, units=(*remains.units, (kind, min(counts))))
             why = self._misfit(wanted)
             remains = remains if why else wanted
             notes.append(f"{kind} {_STAY}: {why}" if why else f"cut {what}")
@@ -95,7 +107,8 @@ class Cutter:
         first = {
             layer: torch.arange(units) for layer, units in self._cut_layers(remains)
         }
-        return skeleton(self._model, config), self._shrunk(self._state, remains, first)
+        state = self._shrunk(self._with_biases(self._state, remains), remains, first)
+        return skeleton(self._model, config), state
 
     def cut(self, model: Any, remains: Remains, kept: Mapping[Layer, Units]) -> Any:
         """Give the smaller model.
@@ -124,10 +137,39 @@ class Cutter:
                     "declared, the same in all layers of its site. The method that "
                     "removed them is at fault"
                 )
-        state = self._shrunk(model.state_dict(), remains, units)
+        state = self._with_biases(model.state_dict(), remains)
+        state = self._shrunk(state, remains, units)
         small.load_state_dict(state, strict=True, assign=True)
         small.tie_weights()
         return small.eval().requires_grad_(False)
+
+    def _with_biases(
+        self, state: Mapping[str, Tensor], remains: Remains
+    ) -> dict[str, Tensor]:
+        """Add zeros where a setting gives a bias that nothing was added to."""
+        meta = state is self._state
+        zeros = self.switches.added(remains.biases)
+        new = {n: t.to("meta") if meta else t.contiguous() for n, t in zeros.items()}
+        return {**new, **state}
+
+    def narrow_misfit(self, directions: int) -> str | None:
+        """Say why no model with so wide a hidden state can be written, or None."""
+        return self._misfit(replace(self.whole, units=((HIDDEN, directions),)))
+
+    def _narrowed(
+        self, remains: Remains, storages: Mapping[Layer, Storage]
+    ) -> tuple[Remains, list[str]]:
+        """Tell how wide the hidden state stays."""
+        found = {storage.hidden for storage in storages.values()}
+        if found <= {None}:
+            return remains, []
+        directions, state = found.pop(), self._inventory.hidden
+        if found or directions is None or state is None:
+            return remains, [f"directions {_STAY}: layers do not keep the same"]
+        if why := self.narrow_misfit(directions):
+            return remains, [f"directions {_STAY}: {why}"]
+        note = f"cut the hidden state: {directions} of {state.width} directions stay"
+        return replace(remains, units=(*remains.units, (HIDDEN, directions))), [note]
 
     def _empty_blocks(self, empty: set[Layer]) -> list[int]:
         """Give the blocks that have layers, but only zeros in them."""
@@ -164,6 +206,9 @@ class Cutter:
     def _shrunk(
         self, state: Mapping[str, Tensor], remains: Remains, kept: Mapping[Layer, Units]
     ) -> dict[str, Tensor]:
+        if directions := dict(remains.units).get(HIDDEN):
+            assert self._inventory.hidden is not None
+            state = narrowed(state, self._inventory.hidden, directions)
         return shrunk_state(
             self._model, state, remains, inventory=self._inventory, kept=kept
         )
@@ -180,7 +225,7 @@ class Cutter:
         except Exception as error:  # a foreign class refuses a configuration as it may
             cause = error.__cause__
             return first_line(cause if isinstance(cause, Exception) else error)
-        wanted = {name: shape for name, (_, shape) in _everything(model).items()}
+        wanted = {name: shape for name, (_, shape) in everything(model).items()}
         given = {name: tuple(tensor.shape) for name, tensor in state.items()}
         odd = sorted(n for n in wanted | given if wanted.get(n) != given.get(n))
         kind = type(model).__name__
@@ -194,11 +239,6 @@ def kept_units(layer: Layer, variant: Variant) -> Units:
         return torch.arange(0)
     lines = mask.any(1 if cut.axis == "rows" else 0)
     return lines.view(cut.units, cut.unit).any(1).nonzero().flatten()
-
-
-def _everything(model: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """List all tensors that a checkpoint of a model stores."""
-    return untouched_parameters(model, Inventory("", (), ()))
 
 
 def _full(group: Site) -> int:

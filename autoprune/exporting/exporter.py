@@ -20,6 +20,7 @@ _TYPES = {
     "int32": "I32",
     "bfloat16": "BF16",
     "float16": "F16",
+    "int16": "I16",
     "uint8": "U8",
     "bool": "BOOL",
 }
@@ -76,8 +77,13 @@ class Exporter(ABC):
         return self
 
     def refuses(self, layer: Layer, storage: Storage) -> str | None:
-        """Say why the format cannot hold a layer so stored, or None if it can."""
-        return None
+        """Say why the format cannot hold a layer so stored, or None if it can.
+
+        By default only what has to be rotated, which few formats do.
+        """
+        if storage.hidden is None:
+            return None
+        return f"the target {self.name} does not rotate; the target transformers does"
 
     @abstractmethod
     def tensors(self, layer: Layer, storage: Storage) -> dict[str, Part]:

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from autoprune.exporting.rotating import narrowed_config
+from autoprune.models.hidden import HIDDEN
 from autoprune.models.layers import Inventory
 from autoprune.models.structures import BLOCK
 from autoprune.models.weights import parameter_of, view_of_layer
@@ -32,10 +34,12 @@ class Remains:
         blocks: Indices of the blocks that stay.
         units: For each kind of structure that is cut, how many units stay in it, in
             every block.
+        biases: Settings that are switched on, because a layer gets a bias.
     """
 
     blocks: tuple[int, ...]
     units: tuple[tuple[str, int], ...] = ()
+    biases: tuple[str, ...] = ()
 
 
 def shrunk_config(config: Any, remains: Remains, inventory: Inventory) -> Any:
@@ -51,9 +55,15 @@ def shrunk_config(config: Any, remains: Remains, inventory: Inventory) -> Any:
     """
     small = deepcopy(config)
     text = small.get_text_config()
+    for name in remains.biases:
+        setattr(text, name, True)
     if len(remains.blocks) < len(inventory.blocks):
         _leave_blocks(text, remains.blocks, len(inventory.blocks))
     for kind, units in remains.units:
+        if kind == HIDDEN:
+            assert inventory.hidden is not None
+            narrowed_config(text, inventory.hidden, units)
+            continue
         first = next(g.layers[0] for g in inventory.groups if g.kind == kind)
         if kind == "channels":
             setattr(text, next(name for name in _WIDTHS if hasattr(text, name)), units)

@@ -35,6 +35,12 @@ another, which adds bfloat16 products in another order: it is the difference up 
 bfloat16 counts as the same as float32 here.
 """
 
+ROTATED_TOLERANCE = 1e-2
+"""The same where the hidden state was rotated, and every weight rounded once more.
+
+Measured in bfloat16: 0.0008 on SmolLM2-135M, 0.005 on a random model of width 64.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Verification:
@@ -63,6 +69,7 @@ def verify_export(
     compute_dtype: torch.dtype | None = None,
     batch: int = 8,
     plugins: Sequence[str] = (),
+    tolerance: float = TOLERANCE,
 ) -> Verification:
     """Load an export in a fresh process, and compare perplexity and size.
 
@@ -75,6 +82,7 @@ def verify_export(
         compute_dtype: Type that perplexity was measured in; None for the stored type.
         batch: Windows that pass the model at a time, as they did before.
         plugins: Modules to load beside the installed plugins.
+        tolerance: Largest relative difference of the perplexities.
 
     Raises:
         ExportError: If the export does not load, or a figure differs; tells both.
@@ -96,19 +104,19 @@ def verify_export(
             f"the export {folder} has {written} bytes of weights, but {size_bytes} "
             "were predicted: its size is wrong"
         )
-    if not _agree(found, perplexity):
+    if not _agree(found, perplexity, tolerance):
         raise ExportError(
             f"the export {folder}, loaded again, has perplexity {found:.6g}, but "
             f"{perplexity:.6g} was measured before (they may differ by "
-            f"{TOLERANCE:.1%}): its weights are not what was evaluated"
+            f"{tolerance:.1%}): its weights are not what was evaluated"
         )
     return Verification(found, perplexity, written, round(time.monotonic() - start, 2))
 
 
-def _agree(found: float, expected: float) -> bool:
+def _agree(found: float, expected: float, tolerance: float) -> bool:
     if not (math.isfinite(found) and math.isfinite(expected)):
         return math.isfinite(found) == math.isfinite(expected)  # both have diverged
-    return math.isclose(found, expected, rel_tol=TOLERANCE)
+    return math.isclose(found, expected, rel_tol=tolerance)
 
 
 def _ask(folder: Path, request: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,27 @@ class StructureRule:
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenRule:
+    """Who reads and who writes the hidden state that passes from block to block.
+
+    Only for families in which nothing else touches it, and whose norms divide by its
+    root mean square and do no more than scale: these may be told of it in another
+    basis.
+
+    Attributes:
+        model_types: Values of ``model.config.model_type`` of which that is true.
+        readers: Path of each norm of a block, with the paths of the layers behind it.
+        writers: Paths of the layers whose outputs are added to the hidden state.
+        norm: Path in the model of the norm before the head.
+    """
+
+    model_types: tuple[str, ...]
+    readers: tuple[tuple[str, tuple[str, ...]], ...]
+    writers: tuple[str, ...]
+    norm: str
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """Where the blocks and sites of a model family are.
 
@@ -47,6 +68,7 @@ class Architecture:
         sites: The sites of every block, in the block's order.
         embedding: Path of the token embedding, a site of its own; None to leave it.
         structures: What every block's layers make together.
+        hidden: How the hidden state may be rotated; None if it may not.
     """
 
     name: str
@@ -55,3 +77,4 @@ class Architecture:
     sites: tuple[SiteRule, ...]
     embedding: str | None = None
     structures: tuple[StructureRule, ...] = ()
+    hidden: HiddenRule | None = None

@@ -16,6 +16,7 @@ from autoprune.errors import ModelError, PolicyError, unknown_name
 from autoprune.models.architecture import Architecture as Architecture
 from autoprune.models.architecture import SiteRule as SiteRule
 from autoprune.models.architecture import StructureRule as StructureRule
+from autoprune.models.hidden import HiddenState, hidden_state
 from autoprune.models.structures import groups_named, partition, with_structures
 from autoprune.models.weights import (
     MATRICES,
@@ -52,7 +53,8 @@ class Inventory:
         notes: What a user should know of how the sites were found.
         tied: True if the head is the embedding's weight.
         groups: Sites that may take the place of others: the channels of an MLP, the
-            heads of an attention, whole blocks.
+            heads of an attention, whole blocks, the whole model.
+        hidden: The hidden state, where it may be rotated.
     """
 
     architecture: str
@@ -61,6 +63,7 @@ class Inventory:
     notes: tuple[str, ...] = ()
     tied: bool = False
     groups: tuple[Site, ...] = ()
+    hidden: HiddenState | None = None
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -166,8 +169,8 @@ def _described(model: nn.Module, architecture: Architecture) -> Inventory:
             sites.append(Site(f"blocks.{index}.{rule.name}", layers))
     paths = tuple(f"{architecture.blocks}.{index}" for index in range(len(blocks)))
     placed, groups, notes = with_structures(model, architecture, sites, len(blocks))
-    tied = _is_tied(model)
-    return Inventory(architecture.name, paths, placed, notes, tied, groups)
+    named = architecture.name, paths, placed, notes, _is_tied(model), groups
+    return Inventory(*named, hidden_state(model, architecture, len(blocks)))
 
 
 def _ruled(

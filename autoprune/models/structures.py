@@ -13,6 +13,7 @@ from torch import nn
 
 from autoprune.errors import PolicyError
 from autoprune.models.architecture import Architecture, StructureRule
+from autoprune.models.hidden import HIDDEN, hidden_cuts, hidden_state
 from autoprune.policy import Layer, Site
 from autoprune.sites import Cut
 
@@ -32,8 +33,9 @@ def with_structures(
         blocks: How many blocks there are.
 
     Returns:
-        The sites, their layers told where units lie; the sites that structures and
-        whole blocks make; notes on structures that the model's shapes do not fit.
+        The sites, their layers told where units lie; the sites that structures, whole
+        blocks and the whole model make; notes on structures that the model's shapes do
+        not fit.
     """
     by_name = {layer.name: layer for site in sites for layer in site.layers}
     found: dict[str, tuple[str, list[Layer]]] = {}
@@ -55,6 +57,13 @@ def with_structures(
                 by_name[layer.name] = replace(layer, cut=cut)
             place = f"blocks.{block}.{rule.name}"
             found[place] = rule.kind, [by_name[name] for name in names]
+    if state := hidden_state(model, architecture, blocks):
+        for name, cut in hidden_cuts(state, by_name, _heads(model)).items():
+            by_name[name] = replace(by_name[name], hidden=cut)
+    found = {
+        place: (kind, [by_name[layer.name] for layer in layers])
+        for place, (kind, layers) in found.items()
+    }
     sites = tuple(
         replace(site, layers=tuple(by_name[layer.name] for layer in site.layers))
         for site in sites
@@ -62,6 +71,8 @@ def with_structures(
     for block in range(blocks):
         inside = [la for site in sites for la in site.layers if la.block == block]
         found[f"blocks.{block}.{BLOCK}"] = BLOCK, inside
+    if architecture.embedding:
+        found[HIDDEN] = HIDDEN, [la for site in sites for la in site.layers]
     groups = tuple(Site(n, tuple(layers), kind) for n, (kind, layers) in found.items())
     notes = tuple(f"no site {name!r}: {why}" for name, why in misfits.items())
     return sites, groups, notes
@@ -86,9 +97,13 @@ def _cuts(
 def _head_groups(model: nn.Module) -> int:
     """Count the heads, or the groups of them that share keys and values."""
     config: Any = model.config
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None)
-    return int(heads or config.num_attention_heads)
+    heads = getattr(config.get_text_config(), "num_key_value_heads", None)
+    return int(heads or _heads(model))
+
+
+def _heads(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.get_text_config().num_attention_heads)
 
 
 def partition(

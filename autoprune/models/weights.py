@@ -60,6 +60,13 @@ def write_weight(
         read_weight(model, layer).copy_(weight)
 
 
+def is_parameter(model: nn.Module, layer: Layer) -> bool:
+    """Tell a layer that is a parameter as it stands from a slice or a transpose."""
+    if expert_of(layer.name):
+        return False
+    return not isinstance(model.get_submodule(layer.name), Conv1D)
+
+
 def find_weight(model: nn.Module, name: str) -> Float[Tensor, "out in"] | None:
     """Give the view of a layer's parameter by name; None if the model has none."""
     try:

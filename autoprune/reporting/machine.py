@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,6 @@ def to_json(data: Any) -> str:
         '{\n  "kl": null,\n  "folder": "export"\n}'
     """
     return json.dumps(_plain(data), indent=2, allow_nan=False)
-
-
-def methods_data(methods: Iterable[Any]) -> list[dict[str, Any]]:
-    """Give methods as plain data, with all that they declare."""
-    return [
-        {
-            "name": method.name,
-            "version": method.version,
-            "reference": method.reference,
-            "needs": sorted(method.needs),
-            "parameters": [_plain(one) for one in method.parameters],
-        }
-        for method in methods
-    ]
 
 
 def _plain(data: Any) -> Any:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -133,10 +133,20 @@ def tell_plugins(records: Iterable[Any], *, as_json: bool) -> None:
     write(known, tables.plugins_table(known), as_json=as_json)
 
 
-def tell_methods(methods: Iterable[Any], *, as_json: bool) -> None:
-    """Write what methods there are."""
-    from autoprune.reporting import machine, tables
+def tell_methods(
+    methods: Mapping[str, Any], name: str | None, *, markdown: bool, as_json: bool
+) -> None:
+    """Write what methods there are, or all about one.
 
-    known = sorted(methods, key=lambda method: str(method.name))
-    data = machine.methods_data(known)
-    write(data, tables.methods_table(known), as_json=as_json)
+    Raises:
+        PluginError: If there is none of that name.
+    """
+    from autoprune.reporting import methods as cards
+
+    if name is not None:
+        card = cards.card_of(name, methods)
+        write(card, *cards.card_parts(card), as_json=as_json)
+        return
+    found = cards.cards_of(methods)
+    table = cards.markdown_table if markdown else cards.methods_table
+    write(found, table(found), as_json=as_json)

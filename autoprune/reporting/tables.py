@@ -1,4 +1,4 @@
-"""Tables for people: trials, finals, exports, plugins, methods; 80 columns will do."""
+"""Tables for people: trials, finals, exports, plugins; 80 columns will do."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from autoprune.policy import format_value
 from autoprune.reporting.status import RunStatus
 
 FIGURES = ("kl", "perplexity", "size_bytes", "compression_ratio")
@@ -244,36 +243,6 @@ def plugins_table(records: Iterable[Any]) -> Table:
         what, style = record.error or "\n".join(lines), "red" if record.error else ""
         table.add_row(record.name, record.distribution, what, style=style)
     return table
-
-
-def methods_table(methods: Iterable[Any]) -> Table:
-    """Make a table of methods: parameters, the statistics they need, the paper."""
-    table = _table("Methods")
-    table.add_column("method")
-    table.add_column("parameters")
-    table.add_column("needs")
-    table.add_column("paper", ratio=1)
-    for method in methods:
-        lines = "\n".join(parameter_text(one) for one in method.parameters)
-        needs = ", ".join(sorted(method.needs)) or "nothing"
-        table.add_row(method.name, lines, needs, method.reference, end_section=True)
-    return table
-
-
-def parameter_text(parameter: Any) -> str:
-    """Write a parameter with default and range: ``bits = 4 (2 to 8)``."""
-    what = "N:M" if parameter.pattern else _KINDS[parameter.kind]
-    if parameter.low is not None:
-        joint = "between {:g} and {:g}" if parameter.open_range else "{:g} to {:g}"
-        what = joint.format(parameter.low, parameter.high)
-    if parameter.default is None:
-        return f"{parameter.name}: {what}"
-    if parameter.kind is bool:
-        return f"{parameter.name} = {format_value(parameter.default)}"
-    return f"{parameter.name} = {format_value(parameter.default)} ({what})"
-
-
-_KINDS = {int: "whole number", float: "number", bool: "true or false", str: "word"}
 
 
 def _heading(name: str) -> str:

@@ -1,10 +1,9 @@
 """Formulas that give every layer a ratio of zeros, and the levels that they land on."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -16,6 +15,7 @@ from autoprune.policy import DENSE, Action, Layer, Policy
 from autoprune.searching.budget import prices_of
 from autoprune.searching.problem import Problem, Proposal
 from autoprune.searching.projection import Projection
+from autoprune.searching.proposer import Proposer
 
 BISECTIONS = 40
 """Halvings of the interval that holds the ratio which meets the budget."""
@@ -196,16 +196,8 @@ class Ladder:
         return dearest
 
 
-class Formula(ABC):
-    """A rule of the literature that divides zeros among layers, without any trial.
-
-    Attributes:
-        name: Unique, lower case; ``search: {proposals: [name]}`` asks for it.
-        reference: The paper, with section or equation.
-    """
-
-    name: ClassVar[str]
-    reference: ClassVar[str]
+class Formula(Proposer):
+    """A rule of the literature that divides zeros among layers, without any trial."""
 
     @abstractmethod
     def ratios(

@@ -18,7 +18,6 @@ from autoprune.evaluation.reward import Reward
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
-from autoprune.searching.formulas import Formula
 from autoprune.searching.formulate import (
     SIZE,
     formulate,
@@ -31,6 +30,7 @@ from autoprune.searching.formulate import (
 from autoprune.searching.objective import Direction, Objective
 from autoprune.searching.prefilter import Filtered, cheap_scores, prefilter
 from autoprune.searching.problem import Problem, Proposal
+from autoprune.searching.proposer import Proposer
 from autoprune.searching.rounds import narrowed
 from autoprune.searching.rungs import rungs_of
 from autoprune.searching.sensitivity import Sensitivities
@@ -86,7 +86,7 @@ class Plan:
             read_actions(Actions(plugins.methods), rule)
         reward = _reward(config, plugins)
         names = dict.fromkeys(config.search.proposals)
-        formulas: list[Formula] = [plugins.get("formulas", name) for name in names]
+        formulas: list[Proposer] = [plugins.get("formulas", name) for name in names]
         bench = Workbench.open(
             plugins,
             model=config.model,

@@ -121,3 +121,15 @@ def test_a_weight_of_another_shape_leaves_all_as_it_was(
         stitched.write(layer, HALF, torch.zeros(3, 3))
     assert stitched.actions[layer] == DENSE
     assert same(state(tiny_model), before)
+
+
+def test_the_dense_weight_is_not_copied(tiny_model: LlamaForCausalLM) -> None:
+    """It may be mapped from a file, and then takes no memory of the process."""
+    layer = layers_of(tiny_model)[1]
+    place = read_weight(tiny_model, layer).data_ptr()
+    stitched = StitchedModel(tiny_model, (layer,))
+    stitched.write(layer, HALF, torch.zeros(layer.shape))
+    assert read_weight(tiny_model, layer).data_ptr() != place
+    assert stitched.dense_weight(layer).data_ptr() == place
+    stitched.restore()
+    assert read_weight(tiny_model, layer).data_ptr() == place

@@ -76,6 +76,11 @@ def test_parts_are_named_with_their_types() -> None:
         "codes": Part("uint8", (16384,)),
         "tensor_scale": Part("float32", (1,)),
     }
+    whole = DENSE.quantized(4, None, symmetric=True, code="int_tensor")
+    assert whole.parts == {
+        "codes": Part("uint8", (8192,)),
+        "tensor_scale": Part("float32", (1,)),
+    }
     floats = DENSE.quantized(4, 64, symmetric=False, code="int_float_zero")
     assert floats.parts["zeros"] == Part("bfloat16", (64, 4))
     scaled = DENSE.quantized(4, 64, symmetric=True, channel_scales=True)

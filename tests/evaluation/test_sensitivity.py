@@ -164,3 +164,21 @@ def test_replacements_cost_what_whole_runs_tell(
         whole = case.teacher.measure(case.model, [0, 3]).mean_kl
         assert cost == whole - start
     assert (max(found) > 1e-3) and (compressed or min(found) > -1e-6)
+
+
+def test_a_bias_is_part_of_what_a_layer_gives(tmp_path: Path) -> None:
+    case = Case("llama", tmp_path)
+    both = [Action.parse(f"flap(keep=0.5, bias={b})") for b in ("true", "false")]
+    takers = [la for la in case.inside if la.role in ("o_proj", "down_proj")]
+    found = output_errors(case.bank, dict.fromkeys(takers, both))
+    for layer in takers:
+        case.bank.put({})
+        weight = read_weight(case.model, layer).clone()
+        read = inputs_of(case, layer)
+        for action, error in zip(both, found[layer], strict=True):
+            variant = case.bank.get(layer, action)
+            left = read @ (variant.weight - weight).T
+            left = left if variant.bias is None else left + variant.bias
+            plain = left.square().sum() / (read @ weight.T).square().sum()
+            assert error == pytest.approx(float(plain), rel=1e-3)
+        assert found[layer][0] < found[layer][1]

@@ -6,6 +6,7 @@ from tiny_teachers import CASES, MASK, disturb, make, task_of, windows
 
 from autoprune.evaluation.slopes import measure_slopes
 from autoprune.evaluation.teacher import Teacher
+from autoprune.models.biases import bias_of, put_bias, with_bias
 from autoprune.models.layers import inventory, read_weight, write_weight
 from autoprune.models.weights import parameter_of, view_of_layer
 from autoprune.plugins import load_plugins
@@ -102,3 +103,73 @@ def test_draws_depend_on_the_seed_alone():
     layer = next(iter(variants))
     assert torch.equal(one[layer].score, same[layer].score)
     assert not torch.equal(one[layer].score, other[layer].score)
+
+
+def test_biases_that_variants_bring_are_priced_with_them():
+    """Weight and bias together have the price that both derivatives give."""
+    model, teacher, variants = ready("llama", {})
+    layers = [la for la in variants if la.name.endswith(("o_proj", "down_proj"))]
+    generator = torch.Generator().manual_seed(3)
+    now = {la: torch.randn(32, generator=generator) * 0.1 for la in layers}
+    for layer in layers:
+        put_bias(model, layer, now[layer])
+    priced = {}
+    for layer in layers:
+        one, two, same = variants[layer]
+        bias = torch.randn(32, generator=generator) * 0.1
+        priced[layer] = [with_bias(one, bias), two, with_bias(same, now[layer])]
+    slopes = measure_slopes(model, teacher, priced, [0, 1, 2], draws=1)
+
+    dense = make("llama", {})
+    gradients = plain_gradients(dense, model, teacher, [0, 1, 2])
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        by_weight = gradients[f"{layer.name}.weight"]
+        by_bias = gradients[f"{layer.name}.bias"]
+        none = torch.zeros(32)
+        for index, weight in enumerate(priced[layer]):
+            bias = bias_of(weight)
+            change = (none if bias is None else bias) - now[layer]
+            plain = float((by_weight * (weight - module.weight)).sum())
+            plain += float((by_bias * change).sum())
+            found = float(slopes[layer].kl[:, index].mean())
+            assert found == pytest.approx(plain, rel=1e-3, abs=1e-5), layer.name
+        assert slopes[layer].score.shape == (3, 3)
+        assert not slopes[layer].score[:, 2].any()
+
+
+def test_labels_are_drawn_for_the_first_windows_only():
+    model, teacher, variants = ready("llama", {})
+    slopes = measure_slopes(model, teacher, variants, range(5), draws=2, drawn=3)
+    for found in slopes.values():
+        assert found.kl.shape == (5, 3)
+        assert found.score.shape == (6, 3)
+        assert not len(found.crossed)
+
+
+@pytest.mark.parametrize("sampled", [3, 10**6])
+def test_pairs_are_the_squares_of_every_gradient_with_every_change(sampled):
+    model, teacher, variants = ready("llama", {})
+    layer = next(la for la in variants if la.name.endswith("1.mlp.up_proj"))
+    module, seen = model.get_submodule(layer.name), {"read": [], "given": []}
+
+    def hear(module, inputs, output):
+        seen["read"].append(inputs[0].detach().flatten(0, 1))
+        output.requires_grad_()  # no layer before it is priced
+        output.register_hook(lambda g: seen["given"].append(g.flatten(0, 1)))
+
+    handle = module.register_forward_hook(hear)
+    slopes = measure_slopes(
+        model, teacher, {layer: variants[layer]}, [1, 3], draws=1, sampled=sampled
+    )
+    handle.remove()
+    read, (_, given) = seen["read"][0], seen["given"]  # the second pass is of labels
+    stride = -(-len(read) // sampled)
+    at = range(stride // 2, len(read), stride)
+    assert len(at) <= sampled
+    for index, weight in enumerate(variants[layer]):
+        moved = read[at] @ (weight - read_weight(model, layer)).T
+        plain = sum(float(g @ m) ** 2 for g in given[at] for m in moved)
+        expected = plain / len(at) ** 2 / 2
+        found = float(slopes[layer].crossed[index])
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-12)

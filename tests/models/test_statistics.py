@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from autoprune.models.statistics import (
+    MOST_ROWS,
     NO_STATISTICS,
     STATISTICS,
     Gathering,
@@ -57,6 +58,21 @@ def test_only_what_is_needed_is_gathered(needs: set[str], rng: torch.Generator) 
     assert (result.hessian is not None) == ("hessian" in needs)
 
 
+@pytest.mark.parametrize("width", [24, 193, 800], ids=str)
+def test_asking_in_between_changes_nothing(width: int, rng: torch.Generator) -> None:
+    """The Hessian is completed in place, and grows on: strips of one and of several."""
+    once, often = Gathering({"hessian"}, width), Gathering({"hessian"}, width)
+    x = torch.randn(60, width, generator=rng)
+    for part in torch.split(x, 20):
+        once.add(part)
+        often.add(part)
+        found = often.result().hessian
+        assert found is not None and torch.equal(found, found.T)
+    expected = once.result().hessian
+    assert expected is not None and torch.equal(found, expected)
+    torch.testing.assert_close(expected, x.T @ x, rtol=1e-5, atol=1e-4)
+
+
 def test_inputs_are_left_untouched(rng: torch.Generator) -> None:
     x = inputs(torch.float32, rng)
     before = x.clone()
@@ -83,3 +99,25 @@ def test_a_precision_ends_with_its_block() -> None:
     assert torch.equal(x @ x, exact)
     with matmul_precision("bf16"), matmul_precision("ieee"):
         assert torch.equal(x @ x, exact)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 300, 5000])
+@pytest.mark.parametrize(("tokens", "stride"), [(40, 1), (MOST_ROWS, 1), (1100, 4)])
+def test_tokens_that_are_kept_are_spread_over_all(
+    tokens: int, stride: int, batch: int
+) -> None:
+    x = torch.arange(tokens * 2.0).view(tokens, 2)
+    gathering = Gathering({"input_rows"}, 2)
+    for part in torch.split(x, batch):
+        gathering.add(part)
+    rows = gathering.result().input_rows
+    assert rows is not None and torch.equal(rows, x[::stride])
+
+
+def test_tokens_that_are_kept_are_copies() -> None:
+    x = torch.ones(3, 2)
+    gathering = Gathering({"input_rows"}, 2)
+    gathering.add(x)
+    x.zero_()
+    rows = gathering.result().input_rows
+    assert rows is not None and rows.tolist() == [[1.0, 1.0]] * 3

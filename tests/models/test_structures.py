@@ -48,10 +48,10 @@ def remove(model: nn.Module, layer: Layer, unit: int) -> None:
 def test_what_makes_a_unit_is_of_no_use_once_it_is_not_taken(kind: str) -> None:
     model, found = found_of(kind)
     kinds = {group.name.rpartition(".")[2] for group in found.groups}
-    expected = {"block"} | ({"attention"} if kind not in NO_HEADS else set())
+    expected = {"block", "hidden"} | ({"attention"} if kind not in NO_HEADS else set())
     assert kinds == expected | ({"mlp"} if kind not in NO_MLP else set())
     for group in found.groups:
-        if group.kind == "block":
+        if group.kind in ("block", "hidden"):
             continue
         *makers, taker = group.layers
         assert taker.cut is not None and taker.cut.axis == "columns"
@@ -125,7 +125,7 @@ def test_a_shape_that_does_not_fit_is_told() -> None:
     model = tiny("llama")
     model.config.num_key_value_heads = 3
     found = inventory(model, register_architectures())
-    assert {group.kind for group in found.groups} == {"channels", "block"}
+    assert {group.kind for group in found.groups} == {"channels", "block", "hidden"}
     (note,) = found.notes
     assert note == (
         "no site 'attention': 32 rows of model.layers.0.self_attn.q_proj are no "

@@ -1,6 +1,7 @@
 """FLAP: scores by hand, indifference to constants, heads, a bank on a tiny model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ def test_scores_rank_units_by_how_the_output_fluctuates() -> None:
 def test_masks_agree_and_storage_is_exact() -> None:
     site = site_of(1)
     settings = [METHOD.check({"keep": keep}) for keep in (0.25, 0.5, 0.75)]
+    settings[1] = METHOD.check({"keep": 0.5, "bias": False})
     made = METHOD.compress_site(site, read_of(INPUTS), settings)
     wanted = [[0, 0, 0, 1], [1, 0, 0, 1], [1, 0, 1, 1]]
     for source, variants in zip(site, made, strict=True):
@@ -99,7 +101,51 @@ def test_masks_agree_and_storage_is_exact() -> None:
             assert found.int().tolist() == kept
             stored = METHOD.storage(source.layer, Storage.dense(source.layer), one)
             assert variant.storage == stored
+            assert stored.bias == (source.layer.name == "o" and one["bias"])
             assert sum(part.nbytes for part in variant.pack().values()) == stored.nbytes
+
+
+def test_the_bias_by_hand() -> None:
+    # Means are 0, 7, 8, 1; scores 5, 0, 4, 9: columns 1 and 2 go, then column 0.
+    settings = [METHOD.check({"keep": keep}) for keep in (0.5, 0.25)]
+    half, quarter = METHOD.compress_site(site_of(1), read_of(INPUTS), settings)[-1]
+    assert half.bias is not None and quarter.bias is not None
+    assert half.bias.tolist() == [7 * 50 + 8 * 1, 7 * -9]
+    assert quarter.bias.tolist() == half.bias.tolist()  # column 0 has mean zero
+    heads = METHOD.compress_site(site_of(2), read_of(INPUTS), settings[:1])[-1][0]
+    assert heads.bias is not None and heads.bias.tolist() == [7 * 50, 7 * -9]
+    bare = METHOD.check({"keep": 0.5, "bias": False})
+    made = METHOD.compress_site(site_of(1), read_of(INPUTS), [bare, settings[0]])
+    assert [variant.bias is None for variant in made[-1]] == [True, False]
+    assert torch.equal(made[-1][0].weight, made[-1][1].weight)
+    assert all(variant.bias is None for variant in made[0])
+
+
+def test_constant_channels_go_without_a_trace() -> None:
+    """Masked weight and bias give what the dense layer gives, exactly."""
+    inputs = torch.randint(-8, 9, (64, 4), generator=torch.Generator().manual_seed(2))
+    inputs = inputs.float()
+    inputs[:, 1], inputs[:, 2] = 5.0, -3.0
+    settings = METHOD.check({"keep": 0.5})
+    taker = METHOD.compress_site(site_of(1), read_of(inputs), [settings])[-1][0]
+    assert taker.bias is not None
+    assert (taker.weight != 0).any(0).tolist() == [True, False, False, True]
+    given = torch.nn.functional.linear(inputs, taker.weight, taker.bias)
+    assert torch.equal(given, inputs @ WEIGHT.T)
+
+
+def test_the_bias_leaves_the_least_error_of_any() -> None:
+    """What is left has mean zero, and its power is the score of what went."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(500, 4, generator=generator) + torch.tensor([1.0, 4, -2, 0])
+    settings = METHOD.check({"keep": 0.75})
+    scores = METHOD.scores(site_of(1), read_of(inputs), settings)
+    taker = METHOD.compress_site(site_of(1), read_of(inputs), [settings])[-1][0]
+    assert taker.bias is not None
+    left = inputs @ WEIGHT.T - (inputs @ taker.weight.T + taker.bias)
+    torch.testing.assert_close(left.mean(0), torch.zeros(2), rtol=0, atol=1e-3)
+    power = float(left.square().sum(1).mean())
+    assert power == pytest.approx(float(scores.min()), rel=1e-3)
 
 
 def test_what_is_no_number_is_named() -> None:
@@ -144,3 +190,20 @@ def test_a_bank_makes_it_with_the_step_after(
         ]
         assert all(one == kept[0] for one in kept)
         assert sum(kept[0]) * 2 == len(kept[0])
+        _check_on_model(plan, layers, action)
+
+
+def _check_on_model(plan: Plan, layers: tuple[Layer, ...], action: Action) -> None:
+    """A bank puts the bias on with the weight, and both off again."""
+    model, taker = plan.bench.stitched.model, layers[-1]
+    module: Any = model.get_submodule(taker.name)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan.bank.put(dict.fromkeys(layers, action))
+    bias = plan.bank.get(taker, action).bias
+    assert bias is not None and bias.any()
+    assert torch.equal(module.bias, bias.to(module.bias.dtype))
+    plan.bank.put({})
+    assert module.bias is None
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)

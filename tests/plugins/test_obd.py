@@ -34,6 +34,7 @@ class TestContract(MethodContract):
             {"sparsity": 0.5},
             {"sparsity": 0.29, "per": "row"},
             {"pattern": "4:8"},
+            {"sparsity": 0.5, "tile": "4x4"},
         ],
         ids=str,
     )

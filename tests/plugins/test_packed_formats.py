@@ -48,6 +48,14 @@ def float_zeros(weight: Tensor) -> Variant:
     )
 
 
+def one_scale(weight: Tensor) -> Variant:
+    scale = weight.float().abs().max().view(1) / 8
+    codes = ((weight.float() / scale).round() + 8).clamp(0, 15).byte()
+    return Variant.dense(weight).quantized(
+        codes, None, None, bits=4, group=None, code="int_tensor", tensor_scale=scale
+    )
+
+
 FORMS: dict[str, Form] = {
     "fp8": book("fp8_e4m3", None),
     "fp8-tensor": book("fp8_e4m3_tensor", None),
@@ -56,6 +64,7 @@ FORMS: dict[str, Form] = {
     "nvfp4": book("nvfp4", 16),
     "channel-scales": channel_scales,
     "float-zeros": float_zeros,
+    "int-tensor": one_scale,
 }
 
 

@@ -2,10 +2,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoprune_plugins.rtn import RoundToNearest
-
 from autoprune.policy import Action, Policy
-from autoprune.reporting.machine import methods_data, to_json
+from autoprune.reporting.machine import to_json
 
 
 @dataclass(frozen=True)
@@ -22,16 +20,3 @@ def test_results_become_plain() -> None:
         "policy": policy.to_dict(),
         "3": None,
     }
-
-
-def test_methods_tell_all_that_they_declare() -> None:
-    (about,) = json.loads(to_json(methods_data([RoundToNearest()])))
-    assert about["name"] == "rtn"
-    assert about["needs"] == []
-    bits = about["parameters"][0]
-    assert (bits["name"], bits["kind"], bits["low"], bits["high"]) == (
-        "bits",
-        "int",
-        2,
-        8,
-    )

@@ -3,11 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from autoprune_plugins.gptq import Gptq
 from rich.console import Console
 from rich.table import Table
 
-from autoprune.compression.method import Parameter
 from autoprune.plugins import PluginRecord
 from autoprune.policy import Policy
 from autoprune.reporting import tables
@@ -146,26 +144,3 @@ def test_plugins_tell_what_they_register_or_why_not() -> None:
     assert "methods: x, y" in text
     assert "trial_finished" in text
     assert "ImportError: no [module]" in text
-
-
-def test_methods_tell_parameters_needs_and_paper() -> None:
-    text = drawn(tables.methods_table([Gptq()]))
-    for found in ("gptq", "hessian", "2210.17323", "bits", "2 to 8"):
-        assert found in text
-    assert "act_order = true" in text
-
-
-@pytest.mark.parametrize(
-    ("parameter", "text"),
-    [
-        (Parameter("bits", int, 4, "", 2, 8), "bits = 4 (2 to 8)"),
-        (
-            Parameter("sparsity", float, None, "", 0, 1, open_range=True),
-            "sparsity: between 0 and 1",
-        ),
-        (Parameter("pattern", str, None, "", pattern=True), "pattern: N:M"),
-        (Parameter("symmetric", bool, False, ""), "symmetric = false"),
-    ],
-)
-def test_parameters_are_written_like_actions(parameter: Parameter, text: str) -> None:
-    assert tables.parameter_text(parameter) == text

@@ -18,8 +18,8 @@ from autoprune.searching.problem import Problem
 from autoprune.searching.projection import SLACK
 from autoprune.searching.space import SearchSpace
 
-MODULES = ("layer_ratios", "layer_importance")
-NAMES = [
+MODULES = ("layer_ratios", "layer_importance", "block_removal")
+RATIOS = [
     "erk",
     "lamp",
     "global_magnitude",
@@ -32,6 +32,7 @@ NAMES = [
     "alpha_pruning",
     "hessian_eigenvalue",
 ]
+REMOVALS = ["block_similarity", "sleb"]
 LEVELS = "magnitude(sparsity=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])"
 
 
@@ -186,18 +187,18 @@ def make(
 
 
 def test_every_formula_is_registered(plugins: Plugins) -> None:
-    assert sorted(plugins.objects["formulas"]) == sorted(NAMES)
+    assert sorted(plugins.objects["formulas"]) == sorted(RATIOS + REMOVALS)
     for formula in plugins.objects["formulas"].values():
         assert formula.reference
 
 
 def test_every_formula_meets_the_budget_and_follows_the_rivals(make: Any) -> None:
-    plan = make(NAMES)
+    plan = make(RATIOS)
     origins = [origin for origin, _ in plan.proposals]
     first = next(i for i, one in enumerate(origins) if not one.startswith(RIVAL))
     own = origins[first:]
     assert [name.split()[0] for name in own] == [
-        one for name in NAMES for one in [name] * (2 if name == "atp" else 1)
+        one for name in RATIOS for one in [name] * (2 if name == "atp" else 1)
     ]
     limit = plan.problem.budgets[0].limit
     for origin, policy in plan.proposals[first:]:
