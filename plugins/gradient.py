@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from autoprune.hookspecs import hookimpl
 from autoprune.searching.allocation import allocate
+from autoprune.searching.curvature import kind_of
 from autoprune.searching.rows import Trial
 from autoprune.searching.rungs import paired
 from autoprune.searching.strategies import (
@@ -25,6 +26,7 @@ from autoprune.searching.strategies import (
     SamplerFactory,
     notes_of,
 )
+from autoprune.searching.tracking import tracked
 
 NAME = "gradient"
 
@@ -40,22 +42,23 @@ FEWEST = 2
 REACH = 0.25
 """Share of a site's choices that one step may go up or down, at least two."""
 
-FADES = 0.5
-"""Weight of an earlier incumbent's slopes beside those of the one after it."""
+MUCH = 0.25
+"""Share of what it promised that a refused step has to give, not to be too large."""
 
-REMEMBERED = 4
-"""Incumbents whose slopes are averaged."""
-
-EXPECTED = 1.0
-"""Weight of the curvature before steps have told."""
+EXPECTED = 1.5
+"""Weight of the curvature before steps have told: many changes go together at first."""
 
 WEIGHTS = (0.25, 4.0)
 """Least and most weight of the curvature that one step can tell of."""
 
+BOLDER = (0.5, 0.25)
+"""Shares of that weight that are tried where no change is worth all of it, and where
+steps were too small to be told from noise."""
+
 FORGETS = 0.6
 """Share that a step counts of the one after it in the weight of the curvature."""
 
-PATIENCE = 12
+PATIENCE = 10
 """Steps refused in a row after which the search ends: it is not worth going on."""
 
 
@@ -75,61 +78,84 @@ class Gradient(PolicySampler):
             return projection.fit(projection.cheapest, rng) if projection else start, {}
         number = max(self.brief.slopes)
         now = self.space.index(self.brief.history[number].policy)
-        changes, refused = self._trust()
+        changes, boldness, refused = self._trust()
         if refused >= PATIENCE:
             raise ExhaustedError(f"the last {refused} sets of changes were refused")
-        slope, curvature = self._slopes(now)
-        costs = slope + self._weight() * curvature
+        slope, curvature = self._slopes()
+        left_out = np.zeros(len(now), dtype=bool)
         if changes < FEWEST or refused and changes == FEWEST:
             # The best set is refused: another one, of sites that chance leaves in.
-            left_out = rng.random(len(costs)) < 0.5
+            left_out = rng.random(len(now)) < 0.5
+        weight = self._weight() * boldness
+        for bolder in (1.0, *BOLDER):
+            costs = slope + bolder * weight * curvature
             costs = np.where(left_out[:, None], np.maximum(costs, 0), costs)
-        chosen = allocate(
-            self.problem,
-            costs,
-            now=now,
-            changes=max(FEWEST, round(changes)),
-            levels=max(2, round(REACH * costs.shape[1])),
-        )
+            chosen = allocate(
+                self.problem,
+                costs,
+                now=now,
+                changes=max(FEWEST, round(changes)),
+                levels=self._reach(costs.shape[1]),
+            )
+            if (chosen != now).any():  # else nothing is worth its curvature
+                break
         if (projection := self.problem.projection) is not None:
             chosen = projection.fill(chosen, costs, rng)
         rows = np.arange(len(now))
-        promised = {
+        return chosen, {
+            "base": number,
+            "changes": int((chosen != now).sum()),
+            "promised": float(costs[rows, chosen].sum()),
             "linear": float(slope[rows, chosen].sum()),
             "curved": float(curvature[rows, chosen].sum()),
         }
-        return chosen, {"base": number, **promised}
 
-    def _trust(self) -> tuple[float, int]:
-        """Replay how many changes a step may have, and how many were refused last."""
+    def _trust(self) -> tuple[float, float, int]:
+        """Replay how many changes a step may have.
+
+        A step that gave much of what it promised, but less than the noise of its
+        windows, was too small: what comes next counts less of the curvature. One that
+        gave little was too large.
+
+        Returns:
+            Most changes, the share of the curvature that counts, and how many steps
+            were refused last.
+        """
         free = sum(len(actions) > 1 for actions in self.space.choices.values())
-        changes, refused = max(FEWEST, FIRST * free), 0
+        changes, boldness, refused = max(FEWEST, FIRST * free), 1.0, 0
         for trial in self._steps():
+            notes = notes_of(trial)
+            base = self.brief.history[notes["base"]]
+            gap, _ = paired(trial.windows, base.windows)
             if trial.number in self.brief.slopes:
-                changes, refused = min(free, changes * GROWS), 0
+                changes, boldness, refused = min(free, changes * GROWS), 1.0, 0
+            elif trial.windows and gap < MUCH * notes["promised"] < 0:
+                boldness, refused = max(BOLDER[-1], boldness * BOLDER[0]), refused + 1
             else:
-                changes, refused = max(FEWEST, changes * SHRINKS), refused + 1
-        return changes, refused
+                changes = max(FEWEST, min(changes, notes["changes"]) * SHRINKS)
+                boldness, refused = 1.0, refused + 1
+        return changes, boldness, refused
 
     def _steps(self) -> list[Trial]:
         return [trial for trial in self.brief.history if "base" in notes_of(trial)]
 
-    def _slopes(
-        self, now: Int[np.ndarray, " sites"]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Average the slopes of the last incumbents, as changes from where we are.
+    def _slopes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Estimate the slopes at the incumbent; give the curvature taken there.
 
         The curvature is the last one's: it is a change's own, from there alone.
         """
-        numbers = sorted(self.brief.slopes)[-REMEMBERED:]
-        rows, total, weights = np.arange(len(now)), 0.0, 0.0
-        slope: Any = 0.0
-        for age, number in enumerate(reversed(numbers)):
-            found = self.brief.slopes[number].slope.astype(np.float64)
-            weights = FADES**age
-            slope = slope + weights * (found - found[rows, now][:, None])
-            total += weights
-        return slope / total, self.brief.slopes[numbers[-1]].curvature.astype(float)
+        numbers = sorted(self.brief.slopes)
+        seen = [
+            (self.space.index(self.brief.history[n].policy), self.brief.slopes[n])
+            for n in numbers
+        ]
+        kinds = [kind_of(site.name) for site in self.space.sites]
+        curvature = self.brief.slopes[numbers[-1]].curvature.astype(float)
+        return tracked(seen, kinds, self._reach(curvature.shape[1])), curvature
+
+    @staticmethod
+    def _reach(choices: int) -> int:
+        return max(2, round(REACH * choices))
 
     def _weight(self) -> float:
         """Tell how many times the diagonal curvature the last steps have really met.

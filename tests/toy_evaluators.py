@@ -18,7 +18,7 @@ class FormulaEvaluator(Evaluator):
     def measure(self, policy, windows=None, *, near=None):
         return Score(self.formula(policy))
 
-    def slopes(self, policy, *, tokens, draws, turn, drawn_tokens=None):
+    def slopes(self, policy, *, tokens, draws, turn, beside=(), **_):
         raise AssertionError("no strategy of these tests asks for slopes")
 
 
@@ -60,12 +60,13 @@ class SmoothEvaluator(Evaluator):
         found = tuple(kl[:windows].tolist())
         return Score({"kl": float(np.mean(found))}, found)
 
-    def slopes(self, policy, *, tokens, draws, turn, drawn_tokens=None):
+    def slopes(self, policy, *, tokens, draws, turn, beside=(), **_):
         self.turns.append(turn)
         now = self.damage[self.problem.space.index(policy)]
         change = self.damage - now[:, None]
         total, count = len(self.weights), tokens // WINDOW
-        windows = [(turn * count + i) % total for i in range(count)]
+        order = [(turn * count + i) % total for i in range(total)]
+        windows = [window for window in order if window not in beside][:count]
         gradient = self.weights[windows] + (self.curves @ now) * self.curves
         each = gradient[:, :, None] * change
         curvature = (self.curves[:, None] * change) ** 2 / 2

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -13,6 +13,8 @@ from autoprune.evaluation.slopes import LayerSlopes
 from autoprune.policy import Layer
 from autoprune.searching.curvature import kind_of, steadied
 from autoprune.searching.space import SearchSpace
+
+Table = Float[np.ndarray, "sites choices"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +31,9 @@ class SiteSlopes:
         windows: Of the fitness split, that the gradient was taken on.
     """
 
-    slope: Float[np.ndarray, "sites choices"]
-    error: Float[np.ndarray, "sites choices"]
-    curvature: Float[np.ndarray, "sites choices"]
+    slope: Table
+    error: Table
+    curvature: Table
     windows: tuple[int, ...]
 
     @classmethod
@@ -74,6 +76,20 @@ class SiteSlopes:
         drawn, pairs = (np.where(fits, one, 0).astype(float) for one in table[2:])
         curvature = np.where(fits, steadied(drawn, pairs, kinds, draws), np.inf)
         return cls(slope, error, curvature.astype(np.float32), tuple(windows))
+
+    def joined(self, other: Self) -> Self:
+        """Average with what other windows say of the same policy."""
+        counts = np.array([len(self.windows), len(other.windows)])
+        share, rest = (counts / counts.sum()).astype(np.float32)
+
+        error = np.hypot(self.error * share, other.error * rest)
+        return replace(
+            self,
+            slope=self.slope * share + other.slope * rest,
+            error=error,
+            curvature=self.curvature * share + other.curvature * rest,
+            windows=(*self.windows, *other.windows),
+        )
 
     def to_bytes(self) -> bytes:
         """Write them, for the ledger."""

@@ -98,7 +98,7 @@ class SamplerFactory:
     several: bool = True
     slope_tokens: int = 1024
     slope_growth: float = 1.5
-    most_slope_tokens: int = 4096
+    most_slope_tokens: int = 2048
     draws: int = 1
     drawn_tokens: int = 1024
 

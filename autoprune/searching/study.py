@@ -28,6 +28,7 @@ from autoprune.searching.strategies import (
     PolicySampler,
     SamplerFactory,
 )
+from autoprune.searching.survey import Survey
 from autoprune.searching.trial import Evaluator
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,6 @@ def run_study(
         objectives=len(objective.goals),
         problem=problem,
         history=ledger.trials(),
-        slopes=ledger.slopes(),
         sensitivities=sensitivities,
         rungs=rungs,
     )
@@ -128,15 +128,14 @@ class _Search:
         pruner: Pruner,
     ) -> None:
         self.trials = list(brief.history)
-        self._slopes = dict(brief.slopes)
+        self._survey = Survey(evaluator, ledger, factory)
         # What strategies are told grows with the run: these very lists are theirs.
         self._told = [objective.minimised(trial) for trial in self.trials]
-        self._brief = replace(brief, history=self._told, slopes=self._slopes)
+        self._brief = replace(brief, history=self._told, slopes=self._survey.slopes)
         self._problem = brief.problem
         self._objective = objective
         self._ledger = ledger
         self._factory = factory
-        self._evaluator = evaluator
         self.judge = Judge(evaluator, objective, brief.rungs, pruner, self.trials)
         self._pruner = pruner
         self._seed = brief.seed
@@ -172,8 +171,10 @@ class _Search:
     def step(self, proposal: Proposal | None) -> Trial:
         """Do one trial, and have it on disk before the study learns of it."""
         began, started = time.monotonic(), utc_now()
-        if proposal is None and "slopes" in self._factory.needs:
-            self._take_slopes()
+        if proposal is None:
+            best = self.judge.incumbent
+            refused = bool(self.trials) and best is not self.trials[-1]
+            self._survey.take(best, refused=refused)
         learned = time.monotonic()
         asked, policy = self._ask(proposal[1] if proposal else None)
         proposed = time.monotonic()
@@ -209,21 +210,6 @@ class _Search:
         self._record(trial)
         self._walls.append(time.monotonic() - began)
         return trial
-
-    def _take_slopes(self) -> None:
-        """Take the slopes at the incumbent, once."""
-        best = self.judge.incumbent
-        if best is None or best.number in self._slopes:
-            return
-        slopes = self._evaluator.slopes(
-            best.policy,
-            tokens=self._factory.tokens_at(len(self._slopes)),
-            draws=self._factory.draws,
-            drawn_tokens=self._factory.drawn_tokens,
-            turn=len(self._slopes),
-        )
-        self._ledger.add_slopes(best.number, slopes)
-        self._slopes[best.number] = slopes
 
     def _ask(self, given: Policy | None) -> tuple[optuna.Trial, Policy]:
         if given is not None:

@@ -1,8 +1,9 @@
 """Evaluates policies on the fitness split, and remembers what was measured."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from autoprune.compression.bank import VariantBank
 from autoprune.evaluation.quality import Quality
@@ -64,6 +65,7 @@ class Evaluator(ABC):
         draws: int,
         turn: int,
         drawn_tokens: int | None = None,
+        beside: Sequence[int] = (),
     ) -> SiteSlopes:
         """Take the slopes at a policy.
 
@@ -74,6 +76,8 @@ class Evaluator(ABC):
             turn: How often slopes were taken before: other windows come each time,
                 until all of the split has been used.
             drawn_tokens: On how many of the tokens labels are drawn; None for all.
+            beside: Windows that are not to be taken: slopes at this policy were taken
+                on them before.
         """
 
 
@@ -145,14 +149,16 @@ class LocalEvaluator(Evaluator):
         draws: int,
         turn: int,
         drawn_tokens: int | None = None,
+        beside: Sequence[int] = (),
     ) -> SiteSlopes:
         """Take the slopes of all choices at a policy."""
         bench = self.bench
         teacher = bench.teacher(self.SPLIT)
         total, length = teacher.windows.ids.shape
-        count = min(total, max(1, round(tokens / length)))
+        count = min(total - len(beside), max(1, round(tokens / length)))
         first = (self._seed + turn) * count
-        windows = [(first + i) % total for i in range(count)]
+        order = ((first + i) % total for i in range(total))
+        windows = list(islice((w for w in order if w not in beside), count))
         self.bank.put(bench.per_layer(policy))
         variants = {
             layer: [self.bank.weight(layer, action) for action in choices]

@@ -1,10 +1,13 @@
 """The gradient's steps, worked out by hand; searches with it: test_study_rungs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from autoprune_plugins.gradient import (
     EXPECTED,
     FEWEST,
+    FORGETS,
     PATIENCE,
     Gradient,
     register_samplers,
@@ -42,14 +45,16 @@ def problem():
     return make_problem((10, 10, 10))
 
 
-def row(problem, number, *, step=None, windows=(1.0, 1.0), indices=None):
+def row(problem, number, *, step=None, changes=SITES, windows=(1.0, 1.0), indices=None):
     """A row; a ``step`` is a pair of what it promised, linear and curved."""
     if indices is None:
         indices = np.zeros(len(problem.space.sites), dtype=np.int64)
     policy = problem.space.at(indices)
     notes = {}
     if step is not None:
-        notes = {"base": 0, "linear": step[0], "curved": step[1]}
+        linear, curved = step
+        notes = {"base": 0, "changes": changes, "promised": linear + curved}
+        notes |= {"linear": linear, "curved": curved}
     return Trial(
         number=number,
         state="complete",
@@ -96,7 +101,13 @@ def test_factory():
 def test_first_step_changes_the_sites_that_promise_most(problem):
     chosen, notes = Gradient(brief_of(problem, "")).propose()
     assert chosen.tolist() == [0] * 14 + [1] * 6  # 0.3 of 20
-    assert notes == {"base": 0, "linear": -105.0, "curved": 0.0}
+    assert notes == {
+        "base": 0,
+        "changes": 6,
+        "promised": -105.0,
+        "linear": -105.0,
+        "curved": 0.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -180,59 +191,68 @@ def test_proposal_fills_the_budget():
     )
 
 
-def test_slopes_of_earlier_incumbents_fade(problem):
-    """Weights 1, 1/2, 1/4, 1/8 from the last on; a fifth is forgotten."""
-    table = np.zeros((SITES, 3))
-    table[:, 2] = 1.0
-    rows, known = [row(problem, 0)], {}
-    for number, gain in enumerate((1000.0, 8.0, 4.0, 2.0, 1.0)):
-        table[:, 1] = -gain
-        known[number] = slopes(table)
-        rows.append(row(problem, number + 1, step=(-1.0, 0.0)))
-    chosen, notes = Gradient(
-        Brief(0, 1, problem, tuple(rows[:5]), slopes=known)
-    ).propose()
-    each = -(1 + 2 / 2 + 4 / 4 + 8 / 8) / (1 + 1 / 2 + 1 / 4 + 1 / 8)
-    assert notes["linear"] == pytest.approx(each * (chosen == 1).sum(), rel=1e-12)
-    assert (chosen == 1).all()  # four were accepted
-
-
-def test_slopes_are_changes_from_where_the_incumbent_is(problem):
-    """What an earlier incumbent gave for a choice is taken relative to that of now."""
-    earlier = np.zeros((SITES, 3))
-    earlier[:, 1:] = [-2.0, -1.0]
+def test_slopes_without_noise_are_those_of_the_last_incumbent(problem):
+    earlier = np.tile([0.0, -2.0, -1.0], (SITES, 1))
     later = np.tile([3.0, 0.0, 5.0], (SITES, 1))
     later[0] = [3.0, 0.0, -4.0]
     rows = (row(problem, 0), row(problem, 1, indices=np.full(SITES, 1)))
     known = {0: slopes(earlier), 1: slopes(later)}
     chosen, notes = Gradient(Brief(0, 1, problem, rows, slopes=known)).propose()
     assert chosen.tolist() == [2] + [1] * (SITES - 1)
-    assert notes["linear"] == pytest.approx((-4.0 + 0.5 * 1.0) / 1.5)
+    assert notes["linear"] == -4.0
+
+
+def test_slopes_of_earlier_incumbents_outweigh_a_noisy_one(problem):
+    """Only site 4 gains by each of five gradients; the last one, noisy, says 9 does."""
+    steady = np.zeros((SITES, 3))
+    steady[:, 2], steady[4, 1] = 1.0, -1.0
+    last = steady.copy()
+    last[4, 1], last[9, 1] = -0.4, -0.5
+    rows, known = [row(problem, 0)], {}
+    for number in range(5):
+        found = slopes(steady if number < 4 else last)
+        error = np.full_like(found.slope, 0.4)
+        known[number] = replace(found, error=error)
+        rows.append(row(problem, number + 1, step=(-1.0, 0.0)))
+    brief = Brief(0, 1, problem, tuple(rows[:5]), slopes=known)
+    slope, _ = Gradient(brief)._slopes()
+    assert slope[4, 1] < -0.5 < 2 * slope[9, 1] <= 0
 
 
 @pytest.mark.parametrize(
     ("steps", "true", "expected"),
     [
-        (0, 2.0, 0.5),  # nothing known: what is expected
-        (1, 2.0, 1.25),  # drawn to that as by one step more
-        (3, 2.0, 1.625),
-        (9, 2.0, 1.85),
-        (9, 1.0, 0.95),
-        (1, -5.0, 0.25),  # and kept within bounds
-        (9, 99.0, 4.0),
+        (0, 2.0, 1.5),  # nothing known: what is expected
+        (1, 2.0, (2 + 0.9) / 1.6),  # which counts as a step before the first
+        (2, 3.0, (3 + 3 * 0.6 + 0.54) / 1.96),
+        (9, 1.5, 1.5),
+        (1, -5.0, (0.25 + 0.9) / 1.6),  # and no step tells of more than the bounds
+        (40, 99.0, 4.0),
     ],
 )
-def test_weight_of_the_curvature_is_fitted_to_the_steps(problem, steps, true, expected):
+def test_weight_of_the_curvature_follows_the_steps(problem, steps, true, expected):
     rng = np.random.default_rng(0)
     base = (3.0, 1.0, 2.0)
     rows = [row(problem, 0, windows=base)]
     for number in range(steps):
-        linear, curved = -rng.random(), 0.2  # equal, so each step counts alike
+        linear, curved = -rng.random(), rng.random()  # no step counts for its size
         gaps = linear + true * curved + np.array([0.1, -0.1, 0.0])
         windows = tuple(np.array(base) + gaps)
         rows.append(row(problem, number + 1, step=(linear, curved), windows=windows))
     brief = Brief(0, 1, problem, tuple(rows), slopes={0: falling()})
-    assert Gradient(brief)._weight() == pytest.approx(expected, rel=1e-9)
+    assert Gradient(brief)._weight() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_last_steps_tell_most_of_the_weight(problem):
+    rows = [row(problem, 0, windows=(1.0, 1.0))]
+    for number, true in enumerate((4.0, 4.0, 1.0, 1.0)):
+        windows = (1.0 - 0.5 + true * 0.1,) * 2
+        rows.append(row(problem, number + 1, step=(-0.5, 0.1), windows=windows))
+    weights = [
+        Gradient(Brief(0, 1, problem, tuple(some), slopes={0: falling()}))._weight()
+        for some in (rows, [rows[0], *rows[:0:-1]])
+    ]
+    assert weights[0] < 2 < weights[1]
 
 
 def test_weight_leaves_out_what_has_no_windows_or_diverged(problem):
@@ -240,10 +260,9 @@ def test_weight_leaves_out_what_has_no_windows_or_diverged(problem):
     rows.append(row(problem, 1, step=(-1.0, 0.5), windows=(0.75, 0.75)))  # true 1.5
     rows.append(row(problem, 2, step=(-1.0, 0.5), windows=(np.inf, 1.0)))
     rows.append(row(problem, 3, step=(-1.0, 0.5), windows=(np.nan, 1.0)))
+    rows.append(row(problem, 4, step=(-1.0, 0.0), windows=(0.75, 0.75)))
     brief = Brief(0, 1, problem, tuple(rows), slopes={0: falling()})
-    below = 0.5**2
-    prior = below / 3
-    expected = (1.5 * below + EXPECTED * prior) / (below + prior)
+    expected = (1.5 + FORGETS * EXPECTED) / (1 + FORGETS)
     assert Gradient(brief)._weight() == pytest.approx(expected)
 
 
@@ -253,6 +272,7 @@ def test_curvature_of_that_weight_decides_what_is_changed(problem, change, taken
     slope, curvature = np.zeros((SITES, 3)), np.zeros((SITES, 3))
     slope[:, 2] = 1.0
     slope[4, 1], curvature[4, 1] = -1.0, 2.0
+    slope[7, 1] = -0.1  # something is always worth it
     found = slopes(slope, curvature)
     # Promised: -1 and 0.2 more. At 0.25 of it or less, the weight is below a half.
     rows = [row(problem, 0)]
@@ -261,5 +281,38 @@ def test_curvature_of_that_weight_decides_what_is_changed(problem, change, taken
         rows.append(row(problem, number, step=(-1.0, 0.2), windows=windows))
     known = {number: found for number in range(5)}
     chosen, notes = Gradient(Brief(0, 1, problem, tuple(rows), slopes=known)).propose()
-    assert chosen.tolist() == [int(taken and site == 4) for site in range(SITES)]
+    expected = [7, *([4] if taken else [])]
+    assert np.flatnonzero(chosen).tolist() == sorted(expected)
     assert notes["curved"] == (2.0 if taken else 0.0)
+
+
+def test_where_nothing_is_worth_its_curvature_bolder_steps_are_tried(problem):
+    slope, curvature = np.zeros((SITES, 3)), np.ones((SITES, 3))
+    slope[:, 2] = 1.0
+    slope[4, 1], curvature[:, 0] = -0.4, 0.0
+    rows, known = (row(problem, 0),), {0: slopes(slope, curvature)}
+    chosen, notes = Gradient(Brief(0, 1, problem, rows, slopes=known)).propose()
+    assert np.flatnonzero(chosen).tolist() == [4]
+    assert notes["linear"] == pytest.approx(-0.4)
+
+
+@pytest.mark.parametrize(("gap", "sites"), [(-0.5, [4, 7]), (-0.1, [7]), (0.1, [7])])
+def test_a_step_too_small_to_be_told_from_noise_is_followed_by_a_bolder_one(
+    problem, gap, sites
+):
+    slope, curvature = np.zeros((SITES, 3)), np.zeros((SITES, 3))
+    slope[:, 2] = 1.0
+    slope[4, 1], curvature[4, 1] = -0.5, 0.6  # worth it at half of the weight
+    slope[7, 1] = -1.0
+    windows = (1.0 + gap,) * 2  # of a promise of 1, a half, a tenth or nothing
+    rows = (row(problem, 0), row(problem, 1, step=(-1.0, 0.0), windows=windows))
+    known = {0: slopes(slope, curvature)}
+    chosen, _ = Gradient(Brief(0, 1, problem, rows, slopes=known)).propose()
+    assert np.flatnonzero(chosen).tolist() == sites
+
+
+def test_a_refused_step_shrinks_from_what_it_changed(problem):
+    rows = (row(problem, 0), row(problem, 1, step=(-1.0, 0.0), changes=4))
+    brief = Brief(0, 1, problem, rows, slopes={0: falling()})
+    chosen, _ = Gradient(brief).propose()
+    assert chosen.sum() == 2

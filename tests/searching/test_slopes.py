@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,21 @@ def test_without_draws_there_is_no_curvature_and_of_one_window_no_error():
         np.testing.assert_array_equal(
             table, [[0.0, 0.0, INF], [0.0, 0.0, 0.0], [0.0, INF, INF]]
         )
+
+
+def test_slopes_on_further_windows_are_averaged_by_their_number():
+    one = SiteSlopes.of(space_of(), layers_of(), [5, 2])
+    other = SiteSlopes.of(space_of(), layers_of(), [0])
+    error = np.where(np.isinf(other.slope), np.inf, 6).astype(np.float32)
+    other = replace(other, slope=other.slope + 3, error=error)
+    both = one.joined(other)
+    assert both.windows == (5, 2, 0)
+    np.testing.assert_allclose(both.slope, one.slope + 1, rtol=1e-6)
+    np.testing.assert_allclose(both.curvature, one.curvature, rtol=1e-6)
+    # Errors of 2 on two windows and 6 on one: the root of (2 * 2 / 3)^2 + (6 / 3)^2.
+    assert both.error[0, 0] == pytest.approx((16 / 9 + 4) ** 0.5)
+    assert both.slope.dtype == both.error.dtype == np.float32
+    assert np.isinf(both.slope[0, 2]) and np.isinf(both.curvature[0, 2])
 
 
 def test_bytes_give_the_same_bits_back():
