@@ -204,23 +204,32 @@ def test_gradient_beats_the_uniform_rival(tmp_path, slopes_problem):
 
 
 @pytest.mark.parametrize("rungs", [(), RUNGS], ids=["whole", "rungs"])
-def test_slopes_are_taken_once_an_incumbent(tmp_path, slopes_problem, rungs):
+def test_slopes_are_taken_at_incumbents_and_on_more_windows_after_a_refusal(
+    tmp_path, slopes_problem, rungs
+):
     evaluator = SmoothEvaluator(slopes_problem)
     _, rows, slopes = by_gradient(
         tmp_path, slopes_problem, evaluator, rungs=rungs, trials=15
     )
     # At the last incumbent they are taken once something is proposed after it.
     held = [n for n in incumbents(rows, KL) if n < len(rows) - 1]
-    assert list(slopes) == held
-    assert len(held) > 2
-    assert evaluator.turns == list(range(len(held)))
-    counts = [GRADIENT.tokens_at(turn) // WINDOW for turn in range(len(held))]
-    assert counts[0] < counts[-1]
-    assert [len(one.windows) for one in slopes.values()] == counts
-    first = [(turn * count) % 8 for turn, count in enumerate(counts)]
-    assert [one.windows[0] for one in slopes.values()] == first
+    counts, turns = {}, []
     for row in rows[1:]:
-        assert notes_of(row)["base"] == max(n for n in held if n < row.number)
+        base = notes_of(row)["base"]
+        assert base == max(n for n in held if n < row.number)
+        turn = len(counts) - (base in counts)
+        count = GRADIENT.tokens_at(turn) // WINDOW
+        if base not in counts:
+            counts[base] = count
+        elif base != row.number - 1 and counts[base] < 8:
+            counts[base] = min(8, counts[base] + count)
+        else:
+            continue
+        turns.append(turn)
+    assert evaluator.turns == turns
+    assert len(turns) > len(counts) > 2
+    assert {n: len(one.windows) for n, one in slopes.items()} == counts
+    assert all(len(set(one.windows)) == len(one.windows) for one in slopes.values())
 
 
 @every_pruner
@@ -229,8 +238,9 @@ def test_gradient_is_resumed_from_the_slopes_in_the_ledger(
 ):
     settings = {"rungs": RUNGS, "pruner": pruner, "sampler": GRADIENT}
     settings["proposals"] = [("uniform", uniform(slopes_problem))]
+    whole = SmoothEvaluator(slopes_problem)
     _, through, slopes = by_gradient(
-        tmp_path / "through", slopes_problem, trials=16, **settings
+        tmp_path / "through", slopes_problem, whole, trials=16, **settings
     )
     made = []
 
@@ -246,8 +256,7 @@ def test_gradient_is_resumed_from_the_slopes_in_the_ledger(
     for number, one in again.items():
         assert one.to_bytes() == slopes[number].to_bytes()
     # Nothing is taken again: the turns go on where they were.
-    turns = [turn for one in made for turn in one.turns]
-    assert turns == list(range(len(slopes)))
+    assert [turn for one in made for turn in one.turns] == whole.turns
 
 
 def test_gradient_ends_when_nothing_is_to_be_gained(tmp_path, slopes_problem):
