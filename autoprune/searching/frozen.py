@@ -176,7 +176,7 @@ class FrozenProblem:
 def _site(data: Mapping[str, Any]) -> Site:
     layers = []
     for one in data["layers"]:
-        cut = one.get("cut")
-        again = {"shape": tuple(one["shape"]), "cut": Cut(**cut) if cut else None}
-        layers.append(Layer(**one | again))
+        cuts = {name: one.get(name) for name in ("cut", "hidden")}
+        known = {name: Cut(**cut) for name, cut in cuts.items() if cut}
+        layers.append(Layer(**one | {"shape": tuple(one["shape"])} | known))
     return Site(data["name"], tuple(layers), data["kind"])

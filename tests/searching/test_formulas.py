@@ -33,6 +33,7 @@ RATIOS = [
     "hessian_eigenvalue",
 ]
 REMOVALS = ["block_similarity", "sleb"]
+RANKINGS = ["grasp", "snip", "synflow"]  # over all layers: test_gradient_ratios
 LEVELS = "magnitude(sparsity=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])"
 
 
@@ -187,7 +188,7 @@ def make(
 
 
 def test_every_formula_is_registered(plugins: Plugins) -> None:
-    assert sorted(plugins.objects["formulas"]) == sorted(RATIOS + REMOVALS)
+    assert sorted(plugins.objects["formulas"]) == sorted(RATIOS + REMOVALS + RANKINGS)
     for formula in plugins.objects["formulas"].values():
         assert formula.reference
 
