@@ -45,11 +45,14 @@ REACH = 0.25
 MUCH = 0.25
 """Share of what it promised that a refused step has to give, not to be too large."""
 
-EXPECTED = 1.5
-"""Weight of the curvature before steps have told: many changes go together at first."""
+EXPECTED = 0.5
+"""Weight of the curvature before steps have told: the first ones may be bold."""
 
-WEIGHTS = (0.25, 4.0)
-"""Least and most weight of the curvature that one step can tell of."""
+WEIGHTS = (0.25, 1.0)
+"""Least and most weight of the curvature that one step can tell of. Dozens of changes
+together meet up to twice the diagonal, yet a step that counts so much is small, and
+what a small one gains is not told from noise: at 70 % zeros a search that counted up to
+4 times had KL 1.299 after 155 CPU s, this one 1.262."""
 
 BOLDER = (0.5, 0.25)
 """Shares of that weight that are tried where no change is worth all of it, and where
@@ -160,9 +163,8 @@ class Gradient(PolicySampler):
     def _weight(self) -> float:
         """Tell how many times the diagonal curvature the last steps have really met.
 
-        Changes of other sites add to or take from a change's own term: far from any
-        optimum dozens of them together meet twice the diagonal, later steps hardly
-        more than it. So a step counts the less the longer ago it was.
+        Changes of other sites add to or take from a change's own term, at first more
+        than later. So a step counts the less the longer ago it was.
         """
         met, known = EXPECTED, 1.0
         for trial in self._steps():

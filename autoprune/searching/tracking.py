@@ -31,13 +31,11 @@ def tracked(
             which steps may take; those further off have slopes of another size.
 
     Returns:
-        Estimates, drawn towards 0 as far as they are noise; inf where there is no
-        choice.
+        Estimates; inf where there is no choice.
     """
     names = np.array(kinds)
     rows = np.arange(len(names))
     estimate: NDArray[np.float64] = np.zeros(seen[0][1].slope.shape)
-    kept = np.ones((len(names), 1))
     for turn, (now, found) in enumerate(seen):
         estimate -= estimate[rows, now][:, None]
         fits = np.isfinite(found.slope)
@@ -54,10 +52,7 @@ def tracked(
             known = turn > 0 and doubt > 0
             gain = moved / (moved + doubt) if known else 1.0
             estimate[own] += gain * (fresh - estimate)[own]
-            power = (estimate[at] ** 2).mean()
-            left = gain * doubt  # of the variance, as it is for every Kalman filter
-            kept[own] = max(1 - left / power, 0.0) if power else 1.0
-    return np.where(fits, estimate * kept, np.inf)
+    return np.where(fits, estimate, np.inf)
 
 
 def _near(

@@ -222,12 +222,12 @@ def test_slopes_of_earlier_incumbents_outweigh_a_noisy_one(problem):
 @pytest.mark.parametrize(
     ("steps", "true", "expected"),
     [
-        (0, 2.0, 1.5),  # nothing known: what is expected
-        (1, 2.0, (2 + 0.9) / 1.6),  # which counts as a step before the first
-        (2, 3.0, (3 + 3 * 0.6 + 0.54) / 1.96),
-        (9, 1.5, 1.5),
-        (1, -5.0, (0.25 + 0.9) / 1.6),  # and no step tells of more than the bounds
-        (40, 99.0, 4.0),
+        (0, 0.8, 0.5),  # nothing known: what is expected
+        (1, 0.8, (0.8 + 0.3) / 1.6),  # which counts as a step before the first
+        (2, 0.9, (0.9 + 0.9 * 0.6 + 0.18) / 1.96),
+        (9, 0.5, 0.5),
+        (1, -5.0, (0.25 + 0.3) / 1.6),  # and no step tells of more than the bounds
+        (40, 99.0, 1.0),
     ],
 )
 def test_weight_of_the_curvature_follows_the_steps(problem, steps, true, expected):
@@ -245,24 +245,24 @@ def test_weight_of_the_curvature_follows_the_steps(problem, steps, true, expecte
 
 def test_the_last_steps_tell_most_of_the_weight(problem):
     rows = [row(problem, 0, windows=(1.0, 1.0))]
-    for number, true in enumerate((4.0, 4.0, 1.0, 1.0)):
+    for number, true in enumerate((1.0, 1.0, 0.25, 0.25)):
         windows = (1.0 - 0.5 + true * 0.1,) * 2
         rows.append(row(problem, number + 1, step=(-0.5, 0.1), windows=windows))
     weights = [
         Gradient(Brief(0, 1, problem, tuple(some), slopes={0: falling()}))._weight()
         for some in (rows, [rows[0], *rows[:0:-1]])
     ]
-    assert weights[0] < 2 < weights[1]
+    assert weights[0] < 0.6 < weights[1]
 
 
 def test_weight_leaves_out_what_has_no_windows_or_diverged(problem):
     rows = [row(problem, 0)]
-    rows.append(row(problem, 1, step=(-1.0, 0.5), windows=(0.75, 0.75)))  # true 1.5
+    rows.append(row(problem, 1, step=(-1.0, 0.5), windows=(0.4, 0.4)))  # true 0.8
     rows.append(row(problem, 2, step=(-1.0, 0.5), windows=(np.inf, 1.0)))
     rows.append(row(problem, 3, step=(-1.0, 0.5), windows=(np.nan, 1.0)))
-    rows.append(row(problem, 4, step=(-1.0, 0.0), windows=(0.75, 0.75)))
+    rows.append(row(problem, 4, step=(-1.0, 0.0), windows=(0.4, 0.4)))
     brief = Brief(0, 1, problem, tuple(rows), slopes={0: falling()})
-    expected = (1.5 + FORGETS * EXPECTED) / (1 + FORGETS)
+    expected = (0.8 + FORGETS * EXPECTED) / (1 + FORGETS)
     assert Gradient(brief)._weight() == pytest.approx(expected)
 
 
@@ -302,7 +302,7 @@ def test_a_step_too_small_to_be_told_from_noise_is_followed_by_a_bolder_one(
 ):
     slope, curvature = np.zeros((SITES, 3)), np.zeros((SITES, 3))
     slope[:, 2] = 1.0
-    slope[4, 1], curvature[4, 1] = -0.5, 0.6  # worth it at half of the weight
+    slope[4, 1], curvature[4, 1] = -0.5, 1.5  # worth it at half of the weight
     slope[7, 1] = -1.0
     windows = (1.0 + gap,) * 2  # of a promise of 1, a half, a tenth or nothing
     rows = (row(problem, 0), row(problem, 1, step=(-1.0, 0.0), windows=windows))
