@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from autoprune.compression.checks import require_finite
 from autoprune.compression.factor import Factor, factorise
 from autoprune.compression.method import Settings, Source
-from autoprune.compression.preconditions import finite_hessian, finite_weight
+from autoprune.compression.preconditions import finite_hessian
 from autoprune.compression.stack import Rule, Swept
 from autoprune.compression.sweep import sweep
 from autoprune.compression.variant import Variant
@@ -36,7 +39,7 @@ def solve(
         MethodError: If weights or Hessian are not finite, or no damping helps.
     """
     hessian = finite_hessian(sources, statistics)
-    weights = [finite_weight(source) for source in sources]
+    weights = [_finite(source) for source in sources]
     by_type: dict[torch.dtype, list[int]] = {}
     for layer, source in enumerate(sources):
         dtype = getattr(torch, source.variant.storage.dtype)
@@ -67,6 +70,13 @@ def solve(
         [found[layer, index] for index in range(len(settings))]
         for layer in range(len(sources))
     ]
+
+
+def _finite(source: Source) -> Float[Tensor, "out in"]:
+    """Give the weight of a source in its own type: a sweep turns it to float32."""
+    weight = source.variant.weight
+    require_finite(weight, "weight", source.layer.name)
+    return weight
 
 
 def _alike(

@@ -61,12 +61,12 @@ class Stack:
 
     Attributes:
         base: Original weights, columns in the order of the sweep, dead ones zero.
-        kept: 1.0 where an earlier step has kept a weight; None if all are.
+        kept: True where an earlier step has kept a weight; None if all are.
         spans: Where each layer stands in the rows.
     """
 
     base: Float[Tensor, "in rows"]
-    kept: Float[Tensor, "in rows"] | None
+    kept: Bool[Tensor, "in rows"] | None
     spans: tuple[slice, ...]
 
     @classmethod
@@ -76,14 +76,15 @@ class Stack:
         masks: Sequence[Bool[Tensor, "_ in"] | None],
         factor: Factor,
     ) -> Self:
-        """Stack layers that share the factor's Hessian."""
+        """Stack layers that share the factor's Hessian; weights in any float type."""
         order = slice(None) if factor.order is None else factor.order
-        base = torch.cat(list(weights)).t()[order].contiguous()
+        # Turned in their own type, which mostly takes less than float32.
+        base = torch.cat(list(weights)).t()[order].contiguous().float()
         base[factor.dead] = 0.0
         kept = None
         if any(mask is not None for mask in masks):
             full = [
-                torch.ones_like(weight) if mask is None else mask.float()
+                torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
                 for weight, mask in zip(weights, masks, strict=True)
             ]
             kept = torch.cat(full).t()[order].contiguous()

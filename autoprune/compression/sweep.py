@@ -56,7 +56,7 @@ def sweep(
     rows, and all when the factor reorders columns, come from the original weights.
 
     Args:
-        weights: Float32 weights; never written to.
+        weights: Weights in any float type, computed with in float32; never written to.
         factor: Of the Hessian of their common input.
         rules: Of equal ``kind``.
         kept: For each layer, the mask of an earlier step; pruned weights stay zeros.
@@ -144,7 +144,7 @@ class _Sweep:
             self.now.addmm_(feedback[first:last, :first], self.errors[:first])
         self.settled = torch.empty_like(self.now)
         if stack.kept is not None:
-            self.keep = stack.kept[first:last].repeat(1, self.copies)
+            self.keep = stack.kept[first:last].repeat(1, self.copies).float()
         elif self.prunes:
             self.keep = torch.ones_like(self.now)
             if self.pattern is None:

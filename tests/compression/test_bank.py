@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -316,6 +317,76 @@ def test_a_reference_compresses_the_embedding_too(bench: Bench) -> None:
     bank.put({embedding: EARLY})
     expected = best_columns(inputs_of(bench.model, first))
     assert kept_columns(bank.get(first, CURVE)) == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_every_layer_behind_a_reference_reads_what_it_leaves(
+    kind: str, tmp_path: Path
+) -> None:
+    """Whether a pass makes the variants of the reference, or finds them."""
+    bench = Bench(tiny(kind), tmp_path)
+    first = {layer: NORM for layer in bench.layers if layer.block == 0}
+    behind = [layer for layer in bench.layers if layer.block == 1]
+    made, found = bench.bank(first), bench.bank(first)
+    made.make([(layer, CURVE) for layer in behind])
+    found.make([(layer, NORM) for layer in behind])
+    assert bench.calls("norm") == sum(
+        len({layer.input for layer in layers}) for layers in (first, behind)
+    )
+    found.put(first)
+    for layer in behind:
+        expected = best_columns(inputs_of(bench.model, layer))
+        for action in (CURVE, NORM):
+            assert kept_columns(found.get(layer, action)) == expected
+
+
+@pytest.mark.parametrize("action", [EARLY, NORM], ids=str)
+def test_a_block_is_dense_again_after_it_was_passed(
+    bench: Bench, action: Action
+) -> None:
+    """Else the weights of all blocks so far would stay in memory."""
+    dense = {layer: read_weight(bench.model, layer) for layer in bench.layers}
+    told = []
+
+    def look(done: int, total: int) -> None:
+        told.append(done)
+        assert set(bench.stitched.actions.values()) == {DENSE}
+        for layer, weight in dense.items():  # no copy either
+            assert read_weight(bench.model, layer).data_ptr() == weight.data_ptr()
+
+    bank = bench.bank(dict.fromkeys(bench.layers, action))
+    other = Action.parse("norm(keep=4)")  # now the reference is in the store
+    bank.make([(layer, CURVE) for layer in bench.layers], look)
+    bank.make([(layer, other) for layer in bench.layers], look)
+    assert told == [0, 1, 2] * 2
+
+
+class Watching(Columns):
+    """Counts the Hessians of earlier calls that somebody still holds."""
+
+    def __init__(self) -> None:
+        super().__init__("curve", frozenset({"hessian"}))
+        self.seen: list[weakref.ref[Tensor]] = []
+        self.held: list[int] = []
+
+    def compress(
+        self,
+        sources: Sequence[Source],
+        statistics: InputStatistics,
+        settings: Sequence[Settings],
+    ) -> list[list[Variant]]:
+        assert statistics.hessian is not None
+        self.held.append(sum(seen() is not None for seen in self.seen))
+        self.seen.append(weakref.ref(statistics.hessian))
+        return super().compress(sources, statistics, settings)
+
+
+def test_a_hessian_goes_as_soon_as_its_layers_are_made(bench: Bench) -> None:
+    bench.toys["curve"] = watching = Watching()
+    bank = bench.bank(dict.fromkeys(bench.layers, CURVE))
+    bank.make([(layer, CURVE) for layer in bench.layers])
+    assert watching.held == [0] * 8
+    assert [seen() for seen in watching.seen] == [None] * 8
 
 
 def test_making_leaves_on_the_model_what_was_there(bench: Bench) -> None:

@@ -300,3 +300,24 @@ def test_results_come_in_the_type_of_the_layer(rng: torch.Generator) -> None:
     assert pruned.weight is not None and pruned.weight.dtype == torch.bfloat16
     rounded = sweep([weight], given, [Rule(bits=4)], dtype=torch.float16)[0][0]
     assert rounded.scales is not None and rounded.scales.dtype == torch.float16
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rule", [Rule(sparsity=0.5), Rule(bits=4, group=8), Rule(bits=3)], ids=str
+)
+def test_weights_of_half_precision_equal_their_float32_copies(
+    rule: Rule, dtype: torch.dtype, order: bool, rng: torch.Generator
+) -> None:
+    weights = [torch.randn(n, 40, generator=rng).to(dtype) for n in (6, 3)]
+    kept = [None, torch.rand(3, 40, generator=rng) > 0.3]
+    masks = kept if rule.bits else None
+    free = factor(hessian(40), order=order)
+    half = sweep(weights, free, [rule], kept=masks)
+    full = sweep([weight.float() for weight in weights], free, [rule], kept=masks)
+    for (one_half,), (one_full,) in zip(half, full, strict=True):
+        for name in ("weight", "kept", "codes", "scales", "zeros"):
+            found, expected = getattr(one_half, name), getattr(one_full, name)
+            assert (found is None) == (expected is None)
+            assert found is None or torch.equal(found, expected)
