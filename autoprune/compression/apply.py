@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from autoprune.models.biases import bias_of, put_bias
 from autoprune.models.weights import (
@@ -104,6 +105,7 @@ class StitchedModel:
             return
         parameter = self.model.get_parameter(parameter_of(layer.name))
         parameter.data = weight.detach().to(parameter).contiguous()
+        increment_version(parameter)  # as a copy would: whoever remembers it sees this
 
     def claim(self, bank: str) -> None:
         """Take off the variants of other banks: equal actions differ in weights there.

@@ -133,3 +133,17 @@ def test_the_dense_weight_is_not_copied(tiny_model: LlamaForCausalLM) -> None:
     assert stitched.dense_weight(layer).data_ptr() == place
     stitched.restore()
     assert read_weight(tiny_model, layer).data_ptr() == place
+
+
+def test_a_swap_is_seen_by_whoever_remembers_a_weight_by_its_version() -> None:
+    """As the teacher does with heads: it would go on with the one of before."""
+    model = tiny("llama")
+    stitched = StitchedModel(model, layers_of(model))
+    layer = next(la for la in stitched.layers if la.name.endswith("down_proj"))
+    parameter = model.get_parameter(f"{layer.name}.weight")
+    before = parameter._version
+    stitched.write(layer, HALF, torch.zeros(layer.shape))
+    assert parameter._version > before
+    after = parameter._version
+    stitched.write(layer, DENSE, None)
+    assert parameter._version > after
