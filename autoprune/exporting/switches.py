@@ -4,6 +4,7 @@ What a setting does is not known by name: it is seen by building the model with 
 such as Llama's ``attention_bias`` gives a bias to several layers of every block.
 """
 
+import logging
 from collections.abc import Collection, Iterable
 from copy import deepcopy
 from functools import cached_property
@@ -15,6 +16,8 @@ from torch import Tensor
 from autoprune.exporting.shrinking import skeleton
 from autoprune.models.layers import Inventory, untouched_parameters
 from autoprune.policy import Layer
+
+log = logging.getLogger(__name__)
 
 Biases = dict[str, Tensor]
 """Biases by the names that they have in memory."""
@@ -75,7 +78,8 @@ class BiasSwitches:
                 continue
             try:
                 with_it = everything(switched(self._model, [name]))
-            except Exception:  # a foreign class refuses a configuration as it may
+            except Exception as error:  # a foreign class refuses as it may
+                log.info("%s is no switch of a bias: %s", name, error)
                 continue
             new = [other for other in with_it if other not in self._own]
             if new and self._own <= with_it.keys() and self._layers.keys() >= set(new):

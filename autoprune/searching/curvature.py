@@ -28,7 +28,7 @@ def kind_of(site: str) -> str:
         >>> kind_of("blocks.17.v_proj")
         'blocks.*.v_proj'
     """
-    return re.sub(r"\d+", "*", site)
+    return re.sub(r"\b\d+\b", "*", site)  # fc1 and fc2 are two kinds
 
 
 def steadied(

@@ -131,6 +131,15 @@ def test_trust_region_grows_and_shrinks(problem, verdicts, changes):
     assert notes["base"] == last
 
 
+def test_steps_of_an_older_version_do_not_count(problem):
+    rows = [row(problem, 0), row(problem, 1, step=(-1.0, 0.0))]
+    for name in ("promised", "changes"):
+        del rows[1].system_attrs[PolicySampler.NOTES + name]
+    brief = Brief(0, 1, problem, tuple(rows), slopes={0: falling()})
+    chosen, _ = Gradient(brief).propose()
+    assert chosen.sum() == 6  # as if it were the first
+
+
 def test_rows_of_others_are_no_steps(problem):
     brief = brief_of(problem, "+")
     more = (*brief.history, row(problem, 2), row(problem, 3))

@@ -42,7 +42,14 @@ def test_it_is_nearer_to_the_truth_than_draws_and_than_pairs():
 
 @pytest.mark.parametrize(
     ("site", "kind"),
-    [("blocks.3.qkv", "blocks.*.qkv"), ("head", "head"), ("b.0.e.12.up", "b.*.e.*.up")],
+    [
+        ("blocks.3.qkv", "blocks.*.qkv"),
+        ("head", "head"),
+        ("b.0.e.12.up", "b.*.e.*.up"),
+        ("blocks.3.down_proj[12]", "blocks.*.down_proj[*]"),
+        ("blocks.3.fc1", "blocks.*.fc1"),
+        ("blocks.3.w2", "blocks.*.w2"),
+    ],
 )
 def test_sites_that_differ_in_numbers_are_of_one_kind(site, kind):
     assert kind_of(site) == kind
