@@ -1,23 +1,20 @@
 """Random pruning: the control, which any method that looks at weights has to beat."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from autoprune.compression import preconditions, tiles
+from autoprune.compression import preconditions
 from autoprune.compression.method import CompressionMethod, Parameter, Settings, Source
-from autoprune.compression.storage import Storage
-from autoprune.compression.variant import Variant
+from autoprune.compression.scoring import BY_ROW, ScoringMethod
+from autoprune.compression.storage import Tile
 from autoprune.hookspecs import hookimpl
 from autoprune.models.statistics import InputStatistics
-from autoprune.policy import Layer, Value
 
 
-class RandomPruning(CompressionMethod):
+class RandomPruning(ScoringMethod):
     """Remove weights or tiles at random, each as likely as any other.
 
     How we differ: nothing is drawn from a common stream. Scores follow from ``seed``
@@ -28,48 +25,29 @@ class RandomPruning(CompressionMethod):
     name = "random"
     reference = "a control, without a paper"
     parameters = (
-        preconditions.SPARSITY,
-        preconditions.PATTERN,
-        tiles.PER,
-        tiles.TILE,
+        *BY_ROW,
         Parameter("seed", int, 0, "Another seed removes other weights.", 0, 2**31 - 1),
     )
 
-    def check(self, params: Mapping[str, Value]) -> Settings:
-        """Complete and check the parameters."""
-        settings = super().check(params)
-        preconditions.check_sparsity_or_pattern(self.name, settings)
-        return tiles.check_granularity(self.name, params, settings)
-
-    def refuses(
-        self, layer: Layer, previous: Storage, settings: Settings
-    ) -> str | None:
-        """Say why a layer cannot be treated, or None."""
-        return preconditions.refuse_pruning(layer, previous, settings)
-
-    def storage(self, layer: Layer, previous: Storage, settings: Settings) -> Storage:
-        """Declare what a variant stores."""
-        return preconditions.pruned_storage(previous, settings)
-
-    def compress(
-        self,
-        sources: Sequence[Source],
-        statistics: InputStatistics,
-        settings: Sequence[Settings],
-    ) -> list[list[Variant]]:
-        """Make variants for every setting."""
-        return [self._prune(source, settings) for source in sources]
-
-    def _prune(self, source: Source, settings: Sequence[Settings]) -> list[Variant]:
+    def scores(
+        self, source: Source, statistics: InputStatistics, settings: Settings
+    ) -> Float[Tensor, "out in"]:
+        """Score every weight."""
         preconditions.finite_weight(source)  # raises if a weight is no number
-        (rows, columns), name = source.layer.shape, source.layer.name
-        scores = cache(random_scores)
-        variants = []
-        for one in settings:
-            high, wide = tiles.tile_of(source.layer.shape, one)
-            score = scores((rows // high, columns // wide), name, one["seed"])
-            variants.append(preconditions.pruned_variant(source, score, one))
-        return variants
+        layer = source.layer
+        return random_scores(layer.shape, layer.name, settings["seed"])
+
+    def tile_scores(
+        self,
+        source: Source,
+        scores: Float[Tensor, "out in"],
+        tile: Tile,
+        settings: Settings,
+    ) -> Float[Tensor, "rows columns"]:
+        """Score every tile, by a number of its own: sums would be near one another."""
+        (rows, columns), (high, wide) = source.layer.shape, tile
+        grid = rows // high, columns // wide
+        return random_scores(grid, source.layer.name, settings["seed"])
 
 
 def random_scores(
