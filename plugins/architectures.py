@@ -96,7 +96,7 @@ MIXTRAL = Architecture(
 """Mixtures of experts, all stored in two parameters; the router stays untouched."""
 
 OLMOE = Architecture(
-    "olmoe", ("olmoe",), "model.layers", _EXPERTS, "model.embed_tokens"
+    "olmoe", ("olmoe",), "model.layers", _EXPERTS, "model.embed_tokens", ()
 )
 """OLMoE, with OLMo's norms and Mixtral's experts: it has no structure."""
 

@@ -66,7 +66,7 @@ def shrunk_config(config: Any, remains: Remains, inventory: Inventory) -> Any:
             continue
         first = next(g.layers[0] for g in inventory.groups if g.kind == kind)
         if kind == "channels":
-            setattr(text, next(name for name in _WIDTHS if hasattr(text, name)), units)
+            setattr(text, _width_of(text), units)
             continue
         assert first.cut is not None, first.name
         heads = text.num_attention_heads
@@ -76,6 +76,16 @@ def shrunk_config(config: Any, remains: Remains, inventory: Inventory) -> Any:
             text.num_key_value_heads = units
     type(small).from_dict(small.to_dict())  # speaks up where a reader would
     return small
+
+
+def _width_of(text: Any) -> str:
+    """Name the setting that tells the channels of an MLP."""
+    if found := [name for name in _WIDTHS if hasattr(text, name)]:
+        return found[0]
+    raise ValueError(
+        f"{type(text).__name__} has no setting for the channels of an MLP, such as "
+        f"{_WIDTHS[0]}"
+    )
 
 
 def _leave_blocks(text: Any, blocks: Collection[int], count: int) -> None:

@@ -28,12 +28,15 @@ class StructureRule:
         kind: ``channels`` or ``heads``.
         makers: Paths of the modules whose rows make the units.
         takers: Paths of the modules whose columns take them.
+        units: How many units there are; None for as many channels as the taker has
+            columns, or as many groups of heads as the model's configuration says.
     """
 
     name: str
     kind: str
     makers: tuple[str, ...]
     takers: tuple[str, ...]
+    units: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class Architecture:
         blocks: Path of the ``nn.ModuleList`` of blocks: ``model.layers``.
         sites: The sites of every block, in the block's order.
         embedding: Path of the token embedding, a site of its own; None to leave it.
-        structures: What every block's layers make together.
+        structures: What every block's layers make together; None to have it traced.
         hidden: How the hidden state may be rotated; None if it may not.
     """
 
@@ -76,5 +79,5 @@ class Architecture:
     blocks: str
     sites: tuple[SiteRule, ...]
     embedding: str | None = None
-    structures: tuple[StructureRule, ...] = ()
+    structures: tuple[StructureRule, ...] | None = None
     hidden: HiddenRule | None = None

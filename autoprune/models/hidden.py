@@ -68,7 +68,7 @@ def hidden_state(
     """
     rule, embedding = architecture.hidden, architecture.embedding
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    kind = getattr(model.config, "model_type", None)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
     if rule is None or embedding is None or kind not in rule.model_types:
         return None
     if not isinstance(head, nn.Linear):

@@ -1,10 +1,10 @@
 """The inventory of a model's layers and sites.
 
-Where a model family keeps its layers comes as a description from a plugin.
+Where a model family keeps its layers comes as a description from a plugin, or else is
+traced.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,12 +18,14 @@ from autoprune.models.architecture import SiteRule as SiteRule
 from autoprune.models.architecture import StructureRule as StructureRule
 from autoprune.models.hidden import HiddenState, hidden_state
 from autoprune.models.structures import groups_named, partition, with_structures
+from autoprune.models.tracing import find_blocks, traced, traced_structures
 from autoprune.models.weights import (
     MATRICES,
     dtype_name,
     find_weight,
     parameter_of,
     read_weight,
+    roles_of,
     write_weight,
 )
 from autoprune.policy import Layer, Site
@@ -47,7 +49,8 @@ class Inventory:
     """The layers and sites of one model.
 
     Attributes:
-        architecture: Name of the description used; ``unknown`` where none fits.
+        architecture: Name of the description used; ``traced`` where none fits, and
+            ``unknown`` where tracing failed as well.
         blocks: Paths of the blocks, in order.
         sites: The embedding if it is one, then every block's sites in order.
         notes: What a user should know of how the sites were found.
@@ -112,8 +115,8 @@ class Inventory:
 def inventory(model: nn.Module, architectures: Sequence[Architecture]) -> Inventory:
     """List a model's layers and sites.
 
-    A model that no description fits gets one site a layer, in the longest list of
-    blocks that it has; ``notes`` and a logged warning say so.
+    A model that no description fits is traced: one of its blocks is run. If it cannot
+    be, it gets one site a layer. Either way ``notes`` and a logged warning say so.
 
     Raises:
         ModelError: If two descriptions fit, if the model lacks a described path, or if
@@ -126,7 +129,12 @@ def inventory(model: nn.Module, architectures: Sequence[Architecture]) -> Invent
             f"two architectures describe model type {kind!r}: {fitting[0].name!r} and "
             f"{fitting[1].name!r}. Leave one of their plugins out."
         )
-    return _described(model, fitting[0]) if fitting else _unknown(model, kind)
+    if not fitting:
+        return _unknown(model, kind)
+    if fitting[0].structures is not None:
+        return _described(model, fitting[0])
+    structures, notes = traced_structures(model, fitting[0].blocks)
+    return _described(model, replace(fitting[0], structures=structures), notes)
 
 
 def untouched_parameters(
@@ -154,7 +162,9 @@ def untouched_parameters(
     return untouched
 
 
-def _described(model: nn.Module, architecture: Architecture) -> Inventory:
+def _described(
+    model: nn.Module, architecture: Architecture, notes: Sequence[str] = ()
+) -> Inventory:
     """List the sites that a description names."""
     blocks = _find(model, architecture, architecture.blocks, nn.ModuleList)
     sites = []
@@ -168,8 +178,9 @@ def _described(model: nn.Module, architecture: Architecture) -> Inventory:
             layers = tuple(_ruled(model, architecture, rule, index=index))
             sites.append(Site(f"blocks.{index}.{rule.name}", layers))
     paths = tuple(f"{architecture.blocks}.{index}" for index in range(len(blocks)))
-    placed, groups, notes = with_structures(model, architecture, sites, len(blocks))
-    named = architecture.name, paths, placed, notes, _is_tied(model), groups
+    placed, groups, misfits = with_structures(model, architecture, sites, len(blocks))
+    told = (*notes, *misfits)
+    named = architecture.name, paths, placed, told, _is_tied(model), groups
     return Inventory(*named, hidden_state(model, architecture, len(blocks)))
 
 
@@ -177,7 +188,7 @@ def _ruled(
     model: nn.Module, architecture: Architecture, rule: SiteRule, *, index: int
 ) -> Iterator[Layer]:
     """Give the layers of one rule in one block."""
-    roles = _roles([path for site in architecture.sites for path in site.layers])
+    roles = roles_of([path for site in architecture.sites for path in site.layers])
     first: Layer | None = None
     for path in rule.layers:
         name = f"{architecture.blocks}.{index}.{path}"
@@ -202,14 +213,33 @@ def _ruled(
 
 
 def _unknown(model: nn.Module, kind: str | None) -> Inventory:
-    """List one site a layer, for a model that no description fits."""
-    path, items = _longest_list(model, kind)
+    """Trace a model that no description fits."""
+    path, items = find_blocks(model)
+    try:
+        architecture, refused = traced(model, path)
+    except ModelError as error:
+        return _one_by_one(model, path, items, kind=kind, why=str(error))
+    sites = ", ".join(rule.name for rule in architecture.sites)
+    units = [f"{one.name} of {one.units}" for one in architecture.structures or ()]
+    note = (
+        f"unknown architecture {kind!r}: traced in the first of {len(items)} blocks of "
+        f"{path!r}, sites {sites}; units {', '.join(units) or 'none'}. Describe it "
+        "with the hook register_architectures if that is not so."
+    )
+    log.warning("%s", note)
+    return _described(model, architecture, (note, *refused))
+
+
+def _one_by_one(
+    model: nn.Module, path: str, items: nn.ModuleList, *, kind: str | None, why: str
+) -> Inventory:
+    """List one site a layer, for a model that cannot be traced either."""
     blocks = tuple(f"{path}.{index}".lstrip(".") for index in range(len(items)))
     sites: list[Site] = []
     seen: set[int] = set()
     for index, block in enumerate(items):
         inner = [(p, m) for p, m in block.named_modules() if isinstance(m, MATRICES)]
-        roles = _roles([part for part, _ in inner])
+        roles = roles_of([part for part, _ in inner])
         for part, module in inner:
             if id(module.weight) in seen:  # shared between modules
                 continue
@@ -221,30 +251,11 @@ def _unknown(model: nn.Module, kind: str | None) -> Inventory:
     note = (
         f"unknown architecture {kind!r}: one site a layer, {len(sites)} in the "
         f"{len(blocks)} blocks of {path!r}; everything else stays untouched. Describe "
-        "it with the hook register_architectures to have fused sites."
+        "it with the hook register_architectures to have fused sites and structures; "
+        f"it could not be traced: {why}"
     )
     log.warning("%s", note)
     return Inventory("unknown", blocks, tuple(sites), (note,), _is_tied(model))
-
-
-def _longest_list(model: nn.Module, kind: str | None) -> tuple[str, nn.ModuleList]:
-    """Find the blocks: the longest list of modules that have layers."""
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and any(isinstance(inner, MATRICES) for inner in module.modules())
-    }
-    # A list inside of another is no list of blocks: old experts, for example.
-    outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
-    if not outer:
-        raise ModelError(
-            f"cannot find the blocks of model type {kind!r} ({type(model).__name__}): "
-            "it has no nn.ModuleList with nn.Linear layers. Describe the model with "
-            "the hook register_architectures."
-        )
-    path = max(outer, key=lambda name: len(lists[name]))
-    return path, lists[path]
 
 
 def _layer(model: nn.Module, name: str, **fields: Any) -> Layer:
@@ -280,17 +291,6 @@ def _expert_uses(
             f"shape {tuple(experts.shape)} and {chosen}"
         )
     return float(chosen / experts.shape[0])
-
-
-def _roles(paths: Sequence[str]) -> dict[str, str]:
-    """Shorten paths to the fewest last parts that no other path ends with."""
-    parts = [path.split(".") for path in paths]
-    ends = Counter(".".join(p[-n:]) for p in parts for n in range(1, len(p) + 1))
-    roles = {}
-    for path, split in zip(paths, parts, strict=True):
-        tails = (".".join(split[-n:]) for n in range(1, len(split) + 1))
-        roles[path] = next((tail for tail in tails if ends[tail] == 1), path)
-    return roles
 
 
 def _is_tied(model: Any) -> bool:

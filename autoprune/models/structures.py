@@ -1,7 +1,8 @@
 """Structures of a model: units that several layers make and take together.
 
-Dependencies come from the description of the model family: the rows of some layers are
-the columns of another one. A unit that is removed is removed in all of them.
+Dependencies come from the description of the model family, or from tracing where there
+is none: the rows of some layers are the columns of another one. A unit that is removed
+is removed in all of them.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ def with_structures(
     misfits: dict[str, str] = {}
     for block in range(blocks):
         prefix = f"{architecture.blocks}.{block}."
-        for rule in architecture.structures:
+        for rule in architecture.structures or ():
             names = [prefix + path for path in (*rule.makers, *rule.takers)]
             if absent := [name for name in names if name not in by_name]:
                 misfits.setdefault(rule.name, f"{absent[0]} is part of no site")
@@ -83,7 +84,8 @@ def _cuts(
 ) -> Iterator[Cut]:
     """Tell where in each layer the units lie; ValueError if they fill it unevenly."""
     makers = len(rule.makers)
-    units = layers[-1].shape[1] if rule.kind == "channels" else _head_groups(model)
+    channels = rule.kind == "channels"
+    units = rule.units or (layers[-1].shape[1] if channels else _head_groups(model))
     for index, layer in enumerate(layers):
         axis = "rows" if index < makers else "columns"
         size = layer.shape[0] if index < makers else layer.shape[1]

@@ -5,6 +5,8 @@ slices of their 3-D parameter.
 """
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -116,6 +118,22 @@ def parameter_of(name: str) -> str:
     """
     expert = expert_of(name)
     return f"{expert[0]}.{expert[1]}" if expert else f"{name}.weight"
+
+
+def roles_of(paths: Sequence[str]) -> dict[str, str]:
+    """Shorten paths to the fewest last parts that no other path ends with.
+
+    Example:
+        >>> roles_of(["attn.proj", "mlp.proj", "mlp.up"]).values()
+        dict_values(['attn.proj', 'mlp.proj', 'up'])
+    """
+    parts = [path.split(".") for path in paths]
+    ends = Counter(".".join(p[-n:]) for p in parts for n in range(1, len(p) + 1))
+    roles = {}
+    for path, split in zip(paths, parts, strict=True):
+        tails = (".".join(split[-n:]) for n in range(1, len(split) + 1))
+        roles[path] = next((tail for tail in tails if ends[tail] == 1), path)
+    return roles
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from autoprune_plugins.architectures import register_architectures
 from tiny_models import tiny
+from tiny_own import own_model
 
 from autoprune.exporting.shrinking import (
     Remains,
@@ -39,9 +40,19 @@ def test_a_bias_holds_its_own_block_alone() -> None:
     assert passing_blocks(model, found) == {0, 2}
 
 
-def test_an_unknown_model_has_no_blocks_that_can_go() -> None:
+def test_a_model_that_cannot_be_traced_has_no_blocks_that_can_go() -> None:
     model = tiny("llama")
-    assert passing_blocks(model, inventory(model, [])) == frozenset()
+    del model.model.layers[1].mlp.up_proj
+    found = inventory(model, [])
+    assert found.architecture == "unknown"
+    assert passing_blocks(model, found) == frozenset()
+
+
+def test_a_configuration_without_a_width_is_refused() -> None:
+    model = own_model()
+    found = inventory(model, [])
+    with pytest.raises(ValueError, match="OwnConfig has no setting for the channels"):
+        shrunk_config(model.config, Remains((0, 1), (("channels", 24),)), found)
 
 
 def test_the_configuration_of_the_text_model_is_cut() -> None:
