@@ -9,6 +9,7 @@ from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Policy
 from autoprune.reporting.observer import Observer
 from autoprune.searching.finals import (
+    Cost,
     Finalist,
     elect,
     gains,
@@ -18,6 +19,7 @@ from autoprune.searching.finals import (
     take_candidates,
 )
 from autoprune.searching.plan import Plan
+from autoprune.searching.rivals import rival_kind
 from autoprune.searching.rows import Trial
 
 
@@ -27,8 +29,8 @@ def conclude(
     """Choose on text the search never saw; report on text that nothing ever saw.
 
     Args:
-        plans: Of the rounds.
-        trials: Of each round.
+        plans: Of the rounds, and of the random search that is a rival.
+        trials: Of each.
         observer: Hears of stages.
 
     Returns:
@@ -51,26 +53,25 @@ def conclude(
         ranked += rank(plan.bench, one.bank, candidates, cost, basis=one.reference)
     ranked.sort(key=lambda finalist: cost(finalist.choice))
     elected, rival = elect(ranked, cost)
-    resolved = []
-    for finalist in [elected, *([rival] if rival and rival is not elected else [])]:
-        observer.stage(f"solving trial {finalist.candidate.trial} on its own inputs")
-        resolved.append(resolve_anew(plan.bench, finalist, cost, observer.advance))
+    two = [elected, *([rival] if rival and rival is not elected else [])]
+    resolved = [_refined(plan, finalist, cost, observer) for finalist in two]
     winner = min(resolved, key=lambda finalist: cost(finalist.choice))
     observer.stage("measuring on the report split")
+    shown = [*resolved, *_beaten(ranked, rival)]
     reports = [
         report(plan.bench, finalist)
         | {"sizes": _sizes(plan.bench, finalist.candidate.policy)}
-        for finalist in resolved
+        for finalist in shown
     ]
     gain = gains(elected, rival, cost) if rival else ()
     return winner, {
         "dense": plan.bench.dense_metrics("report"),
         "dense_sizes": _sizes(plan.bench, plan.bench.dense_policy()),
-        "winner": reports[resolved.index(winner)],
+        "winner": reports[shown.index(winner)],
         "gain_over_rival": dict(zip(("fitness", "choice"), gain, strict=False)),
         "rivals": [
             row
-            for row, finalist in zip(reports, resolved, strict=True)
+            for row, finalist in zip(reports, shown, strict=True)
             if finalist.candidate.is_rival
         ],
         "finalists": [
@@ -82,6 +83,25 @@ def conclude(
             for finalist in ranked
         ],
     }
+
+
+def _refined(
+    plan: Plan, finalist: Finalist, cost: Cost, observer: Observer
+) -> Finalist:
+    """Solve a finalist anew, and mix it, as far as that is asked for."""
+    refine = plan.config.search.refine
+    if refine == "none":
+        return finalist
+    observer.stage(f"solving trial {finalist.candidate.trial} on its own inputs")
+    mix = refine == "mix"
+    return resolve_anew(plan.bench, finalist, cost, observer.advance, mix=mix)
+
+
+def _beaten(ranked: Sequence[Finalist], rival: Finalist | None) -> list[Finalist]:
+    """Give the best rival of each kind but that of the best one, as it was tried."""
+    best = {rival_kind(one.candidate.origin): one for one in reversed(ranked)}
+    shown = rival_kind(rival.candidate.origin) if rival else None
+    return [one for kind, one in best.items() if kind not in (None, shown)]
 
 
 def _sizes(bench: Workbench, policy: Policy) -> dict[str, int]:
@@ -100,7 +120,7 @@ def winner_record(
     """Describe the winner so that it can be exported and applied again."""
     return (
         winner.candidate.policy.to_dict()
-        | made_for(plan.bench, winner.reference)
+        | made_for(plan.bench, winner.reference, winner.mix)
         | {
             "trial": winner.candidate.trial,
             "seed": plan.config.search.seed,

@@ -89,6 +89,9 @@ class ObjectiveConfig(_Part):
         return self
 
 
+Rival = Literal["allocation", "quantization", "pruning", "random"]
+
+
 class SearchConfig(_Part):
     """How the space is explored, and for how long.
 
@@ -106,6 +109,13 @@ class SearchConfig(_Part):
         rungs: Tokens of the fitness split at which a trial may end; none by default.
         proposals: Formulas whose policies are tried after the uniform ones, such as
             ``owl`` or ``lamp``; none by default, as each costs a trial.
+        rivals: What the winner has to beat beside the uniform policies: the best policy
+            by what choices cost by themselves (``allocation``), also of those that only
+            quantize (``quantization``) or only prune (``pruning``), a trial each; and
+            the best of a ``random`` search as long as the search itself.
+        refine: What becomes of the winner: ``solve`` makes its variants anew, block by
+            block, on its own inputs, and keeps what is better on split C; ``mix`` also
+            tries the better of the two at every site; ``none`` leaves it as it is.
         pruner: What ends it there: ``race`` gives up what is worse than the incumbent
             on the same windows, ``halving`` and ``wilcoxon`` are Optuna's.
     """
@@ -119,13 +129,26 @@ class SearchConfig(_Part):
     rounds: int = Field(1, ge=1, le=8)
     rungs: list[Annotated[int, Field(ge=1)]] = []
     proposals: list[str] = []
+    rivals: list[Rival] = ["allocation", "quantization", "pruning"]
+    refine: Literal["mix", "solve", "none"] = "mix"
     pruner: Literal["race", "halving", "wilcoxon", "none"] = "race"
+
+    @property
+    def asked(self) -> dict[str, list[str]]:
+        """The settings of the policies to try first, where they are no defaults."""
+        fields = type(self).model_fields
+        found = {"proposals": self.proposals, "rivals": list[str](self.rivals)}
+        return {n: value for n, value in found.items() if value != fields[n].default}
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
         if self.trials is None and self.budget is None:
             raise ValueError(
                 "a search needs an end: give trials, a time budget, or both"
+            )
+        if self.sampler == "random" and "random" in self.rivals:
+            raise ValueError(
+                "sampler random cannot have rival random; take one of the two away"
             )
         return self
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from autoprune.compression.bank import VariantBank
 from autoprune.errors import RunError
-from autoprune.evaluation.provenance import made_for, measured_on
+from autoprune.evaluation.provenance import bank_of, made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.folder import write_export
 from autoprune.exporting.verification import (
@@ -198,9 +198,7 @@ def _chosen(
     else:
         winner = read_winner(folder)
         policy = Policy.from_dict(winner)
-        reference = winner.get("reference")
-        bank = plan.bench.bank(Policy.from_dict(reference) if reference else None)
-        return [(winner, policy, bank)]
+        return [(winner, policy, bank_of(plan.bench, winner))]
     found = []
     for one in trials:
         measured = plan.bench.measure(one.policy, plan.bank, "report").metrics

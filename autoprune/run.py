@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
@@ -24,11 +24,15 @@ from autoprune.searching.finals import best_so_far
 from autoprune.searching.frozen import FrozenProblem
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
+from autoprune.searching.rivals import as_random_rival, random_rival, solved_rivals
 from autoprune.searching.rows import Trial
 from autoprune.searching.study import run_study
 
 RUNS = Path("results/runs")
 """Where run folders are made by default, under the configuration's name."""
+
+RANDOM_RIVAL = "rival-random"
+"""Folder of the random search in a run folder."""
 
 SPACES = "autoprune_spaces"
 """The package of the spaces that ship: the folder ``search_spaces``."""
@@ -98,38 +102,64 @@ def search(
     folder = Path(run_dir or RUNS / "search")
     observer = observer or Observer()
     observer.stage("loading model and text")
-    plan = Plan.make(config, load_plugins(config.plugins))
-    _tell(plan, observer)
+    first = Plan.make(config, load_plugins(config.plugins))
+    _tell(first, observer)
     searched: list[tuple[Plan, Ledger]] = []
     with ExitStack() as ledgers:
-        for number in range(1, config.search.rounds + 1):
-            if searched:
-                plan = _next_round(searched, observer)
-            place = folder if number == 1 else folder / f"round-{number}"
-            ledger = ledgers.enter_context(Ledger.open(place, plan.fingerprint))
-            if number == 1:
+        for place, share, plan in _parts(first, searched, observer):
+            ledger = ledgers.enter_context(
+                Ledger.open(folder / place, plan.fingerprint)
+            )
+            if not searched:
                 settings = yaml.safe_dump(config.model_dump(mode="json"))
                 write_text(folder / "config.yaml", settings)
             searched.append((plan, ledger))
-            share = number / config.search.rounds
-            ended = _search_round(plan, ledger, observer, stop, began, share)
+            ended = _search_part(plan, ledger, observer, stop, began, share)
             if ended == "stopped":
                 break
-        table = _table(searched)
+        plans = [plan for plan, _ in searched]
         trials = [ledger.trials() for _, ledger in searched]
+        rounds = config.search.rounds
+        trials[rounds:] = map(as_random_rival, trials[rounds:])
+        table = _table([ledger.frame() for _, ledger in searched[:rounds]])
         if ended == "stopped":
-            best_now = best_so_far(trials[-1] or trials[0], plan.objective)
+            last = trials[:rounds][-1] or trials[0]
+            best_now = best_so_far(last, first.objective)
             return SearchResult(folder, best_now, {}, table, ended)
         observer.stage("choosing among finalists")
-        plans = [plan for plan, _ in searched]
         winner, finals = conclude(plans, trials, observer)
-        record = winner_record(plans[0], winner, finals)
+        record = winner_record(first, winner, finals)
         write_text(folder / "finals.json", to_json(finals))
         write_text(folder / "policy.json", to_json(record))
         return SearchResult(folder, winner.candidate.policy, finals, table, ended)
 
 
-def _search_round(
+def _parts(
+    first: Plan, searched: list[tuple[Plan, Ledger]], observer: Observer
+) -> Iterator[tuple[str, float, Plan]]:
+    """Give the searches of a run, each planned when those before it have ended.
+
+    Args:
+        first: The plan of the first round.
+        searched: The plans and ledgers so far.
+        observer: Hears of each.
+
+    Yields:
+        The part's folder in the run folder, the share of the time budget that is spent
+        when it ends, and its plan.
+    """
+    rounds, rivals = first.config.search.rounds, first.config.search.rivals
+    last = 0.5 if "random" in rivals else 1.0
+    yield "", last / rounds, first
+    for number in range(2, rounds + 1):
+        yield f"round-{number}", last * number / rounds, _next_round(searched, observer)
+    if "random" in rivals:
+        observer.note("a rival: random search for as long")
+        trials = sum(len(ledger.trials()) for _, ledger in searched)
+        yield RANDOM_RIVAL, 1.0, random_rival(first, trials)
+
+
+def _search_part(
     plan: Plan,
     ledger: Ledger,
     observer: Observer,
@@ -137,7 +167,7 @@ def _search_round(
     began: float,
     share: float,
 ) -> str:
-    """Make a round's variants and search among them; tell why it ended."""
+    """Make the variants of a plan and search among them; tell why it ended."""
     observer.stage("making variants")
     start = time.monotonic()
     made = plan.bank.make(plan.pairs, observer.advance)
@@ -151,6 +181,7 @@ def _search_round(
     observer.stage("measuring the dense model")
     plan.bench.teacher("fitness")
     sensitivities = plan.sensitivities(observer.stage)
+    rivals = solved_rivals(plan, sensitivities, observer.stage)
     frozen = FrozenProblem.of(plan.bench, plan.problem.space, sensitivities)
     frozen.write(ledger.run_dir)
     observer.aim(plan.objective.goals, ledger.trials())
@@ -168,7 +199,7 @@ def _search_round(
         sensitivities=sensitivities,
         trials=config.trials,
         deadline=None if config.budget is None else began + share * config.budget,
-        proposals=plan.proposals,
+        proposals=[*plan.proposals, *rivals],
         on_trial=_on_trial(plan, ledger.run_dir, observer),
         stop=stop,
     )
@@ -189,12 +220,11 @@ def _next_round(searched: list[tuple[Plan, Ledger]], observer: Observer) -> Plan
     return plan.around(incumbent)
 
 
-def _table(searched: list[tuple[Plan, Ledger]]) -> pd.DataFrame:
+def _table(rounds: list[pd.DataFrame]) -> pd.DataFrame:
     """Give the trials of all rounds as one table."""
-    frames = [ledger.frame() for _, ledger in searched]
-    if len(frames) == 1:
-        return frames[0]
-    numbered = [one.assign(round=n) for n, one in enumerate(frames, start=1)]
+    if len(rounds) == 1:
+        return rounds[0]
+    numbered = [one.assign(round=n) for n, one in enumerate(rounds, start=1)]
     return pd.concat(numbered, ignore_index=True)
 
 

@@ -69,9 +69,9 @@ def test_changes_leave_the_data_alone() -> None:
         ({"modle": "x"}, "unknown key 'modle'. Did you mean 'model'? Known: bank, "),
         (
             {"search": {"trails": 3}},
-            "unknown key 'trails'. Did you mean 'trials'? Known: budget, finalists, "
-            "proposals, pruner, rounds, rungs, sampler, seed, sensitivity, trials (in "
-            "search)",
+            "unknown key 'trails'. Did you mean 'trials' or 'rivals'? Known: budget, "
+            "finalists, proposals, pruner, refine, rivals, rounds, rungs, sampler, "
+            "seed, sensitivity, trials (in search)",
         ),
         (
             {"space": [{"site": "a", "actions": ["rtn"]}]},

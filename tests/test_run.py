@@ -18,9 +18,10 @@ from autoprune.errors import BudgetError, ConfigError, RunError
 from autoprune.plugins import load_plugins
 from autoprune.policy import Action, Policy
 from autoprune.reporting.observer import Observer
-from autoprune.run import SearchResult, find_space, search
+from autoprune.run import RANDOM_RIVAL, SearchResult, find_space, search
 from autoprune.run import write_text as write_whole
 from autoprune.searching.plan import Plan
+from autoprune.searching.rivals import RANDOM, rival_kind
 from autoprune.searching.rows import Trial
 from autoprune.searching.runs import read_trials
 from autoprune.transfer import apply, evaluate
@@ -203,6 +204,7 @@ def test_stages_are_told_in_their_order(config: RunConfig, tmp_path: Path) -> No
         "loading model and text",
         "making variants",
         "measuring the dense model",
+        "measuring sensitivities (error), for rivals",
         "searching",
         "choosing among finalists",
         "measuring on the report split",
@@ -219,7 +221,7 @@ def test_the_size_budget_is_kept_and_used_up(
         text,
         space=FINER,
         objective={"budgets": {"size_bytes": "45%"}},
-        search={"trials": 8, "finalists": 1},
+        search={"trials": 8, "finalists": 1, "rivals": []},
     )
     result = search(config, tmp_path / "run")
     limit = 0.45 * result.finals["dense"]["size_bytes"]
@@ -607,6 +609,43 @@ def test_a_policy_of_sites_that_are_not_fused_is_used_like_any_other(
     for share, numel in (("0.2", 64 * 64), ("0.7", 32 * 64)):
         row = rows[f"magnitude(sparsity={share})"]
         assert (row["sites"], row["layers"], row["weights"]) == (1, 1, numel)
+
+
+ONE_OF_EACH = [
+    {
+        "sites": "blocks.*",
+        "actions": ["rtn(bits=[3, 4, 8], group=16)", "magnitude(sparsity=[0.4, 0.8])"],
+    }
+]
+
+
+def test_every_kind_of_rival_is_reported(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    wanted = ["allocation", "quantization", "pruning", "random"]
+    config = config_of(
+        tiny_checkpoint,
+        text,
+        space=ONE_OF_EACH,
+        objective={"budgets": {"size_bytes": "60%"}},
+        search={"trials": 12, "finalists": 1, "sampler": "tpe", "rivals": wanted},
+    )
+    whole = search(config, tmp_path / "whole")
+    origins = {row["origin"] for row in whole.finals["rivals"]}
+    kinds = {rival_kind(origin) for origin in origins}
+    # The best by bits alone, and the best of all, is 8 bits everywhere: uniform.
+    assert kinds == {"uniform", "pruning only", RANDOM}
+    assert len(origins) == len(kinds)  # the best of each
+    assert all(row["report"]["perplexity"] > 0 for row in whole.finals["rivals"])
+    best = min(whole.finals["rivals"], key=lambda row: row["choice"]["kl"])
+    assert whole.finals["winner"]["choice"]["kl"] <= best["choice"]["kl"]
+    assert len(whole.trials) == 12
+    assert len(read_trials(tmp_path / "whole" / RANDOM_RIVAL)) == 12
+
+    parted = tmp_path / "parted"
+    assert search(config, parted, stop=after(12 + 5)).ended == "stopped"
+    assert len(read_trials(parted / RANDOM_RIVAL)) == 5
+    assert search(config, parted).finals == whole.finals
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "bert"])

@@ -2,19 +2,23 @@
 
 Every trial used variants made on the inputs of one reference policy. The finalist that
 is chosen is solved anew, block by block, on the inputs that its own compressed blocks
-give, and the better of the two is kept. The best rival gets the same treatment.
+give, and the better of the two is kept. The best rival gets the same treatment; the
+best of every other kind of rival is reported as it was tried.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoprune.compression.bank import VariantBank
 from autoprune.errors import BudgetError
 from autoprune.evaluation.metric import Measured
+from autoprune.evaluation.provenance import Mix
 from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Policy
+from autoprune.searching.mixing import mixes
 from autoprune.searching.objective import Objective, front
+from autoprune.searching.rivals import rival_kind
 from autoprune.searching.rows import Trial
 
 Progress = Callable[[int, int], None]
@@ -24,9 +28,6 @@ Cost = Callable[[Measured], float]
 KEPT = 0.5
 """Share of a gain on the fitness split that has to be there on the choice split."""
 
-RIVAL = "uniform"
-"""How the origin of a plain rival begins."""
-
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
@@ -34,7 +35,7 @@ class Candidate:
 
     Attributes:
         trial: Number of its trial.
-        origin: Where it came from; ``uniform ...`` for a rival.
+        origin: Where it came from; see ``rivals.RIVALS`` for those of rivals.
         policy: The policy.
         fitness: What it scored on the split that the search compared trials on.
     """
@@ -46,8 +47,8 @@ class Candidate:
 
     @property
     def is_rival(self) -> bool:
-        """True for a plain policy that the winner has to beat."""
-        return self.origin.startswith(RIVAL)
+        """True for a policy that the search has to beat."""
+        return rival_kind(self.origin) is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,33 +57,34 @@ class Finalist:
 
     Attributes:
         candidate: The candidate.
-        bank: Whose variants it uses: the search's, or those of its own inputs.
-        resolved: True if the bank is of its own inputs.
+        bank: Whose variants it uses: the search's, those on its own inputs, or a mix.
         choice: What it scored on the choice split.
-        basis: Whose inputs the bank of the search was made on; None for dense ones.
+        reference: The policy whose inputs its variants were made on; None for dense
+            ones.
+        mix: The sites for which that is not so, and what is; None for no mix.
     """
 
     candidate: Candidate
     bank: VariantBank
-    resolved: bool
     choice: Measured
-    basis: Policy | None = None
+    reference: Policy | None = None
+    mix: Mix | None = None
 
     @property
-    def reference(self) -> Policy | None:
-        """The policy whose inputs its variants were made on; None for dense ones."""
-        return self.candidate.policy if self.resolved else self.basis
+    def resolved(self) -> bool:
+        """True if its variants, or most of them, were made on its own inputs."""
+        return self.reference == self.candidate.policy
 
 
 def take_candidates(
     trials: Sequence[Trial], objective: Objective, *, count: int
 ) -> list[Candidate]:
-    """Take the best trials, and the best of the plain rivals with them.
+    """Take the best trials, and the best of each kind of rival with them.
 
     Args:
         trials: All trials, at least one.
         objective: What is wanted; from a front, the reward picks.
-        count: How many, the rival aside.
+        count: How many, rivals aside.
 
     Raises:
         BudgetError: If none is complete and keeps every limit.
@@ -91,8 +93,11 @@ def take_candidates(
     if not order:
         raise BudgetError(_why_none(trials, objective))
     chosen = order[:count]
-    rivals = [trial for trial in order if trial.origin.startswith(RIVAL)]
-    chosen += [trial for trial in rivals[:1] if trial not in chosen]
+    rivals: dict[str, Trial] = {}
+    for trial in order:
+        if kind := rival_kind(trial.origin):
+            rivals.setdefault(kind, trial)
+    chosen += [trial for trial in rivals.values() if trial not in chosen]
     return [Candidate(t.number, t.origin, t.policy, t.metrics) for t in chosen]
 
 
@@ -146,7 +151,7 @@ def rank(
         basis: Whose inputs the bank was made on.
     """
     finalists = [
-        Finalist(one, bank, False, bench.measure(one.policy, bank, "choice"), basis)
+        Finalist(one, bank, bench.measure(one.policy, bank, "choice"), basis)
         for one in candidates
     ]
     return sorted(finalists, key=lambda finalist: cost(finalist.choice))
@@ -162,7 +167,7 @@ def gains(one: Finalist, start: Finalist, cost: Cost) -> tuple[float, float]:
 
 
 def elect(ranked: Sequence[Finalist], cost: Cost) -> tuple[Finalist, Finalist | None]:
-    """Elect the finalist that goes on, beside the best plain rival.
+    """Elect the finalist that goes on, beside the best rival.
 
     What a search gains on the text that it compared trials on is partly luck. A
     finalist that keeps less than half of its gain over the rival on the choice split is
@@ -187,15 +192,33 @@ def resolve_anew(
     finalist: Finalist,
     cost: Cost,
     progress: Progress | None = None,
+    *,
+    mix: bool = True,
 ) -> Finalist:
-    """Solve a finalist on its own inputs; give it back if that is no better."""
+    """Solve a finalist on its own inputs, and keep what is best on the choice split.
+
+    Args:
+        bench: Model, tokens and metrics.
+        finalist: With the variants of the search.
+        cost: What to compare by; smaller is better.
+        progress: Hears how far the solving is.
+        mix: Try at every site the better of both variants, too.
+
+    Returns:
+        The finalist as it was, solved anew, or mixed.
+    """
     policy = finalist.candidate.policy
     bank = bench.bank(reference=policy)
     bank.make(bench.per_layer(policy).items(), progress)
-    choice = bench.measure(policy, bank, "choice")
-    if cost(choice) < cost(finalist.choice):
-        return Finalist(finalist.candidate, bank, True, choice, finalist.basis)
-    return finalist
+    measured = bench.measure(policy, bank, "choice")
+    own = replace(finalist, bank=bank, choice=measured, reference=policy)
+    start, other = sorted((finalist, own), key=lambda one: cost(one.choice))
+    found = [start]
+    for mixed, sites in mixes(bench, policy, start.bank, other.bank) if mix else ():
+        measured = bench.measure(policy, mixed, "choice")
+        elsewhere = Mix(other.reference, sites)
+        found.append(replace(start, bank=mixed, choice=measured, mix=elsewhere))
+    return min(found, key=lambda one: cost(one.choice))
 
 
 def report(bench: Workbench, finalist: Finalist) -> dict[str, Any]:
@@ -207,6 +230,7 @@ def report(bench: Workbench, finalist: Finalist) -> dict[str, Any]:
         "trial": candidate.trial,
         "origin": candidate.origin,
         "resolved": finalist.resolved,
+        "mixed_sites": len(finalist.mix.sites) if finalist.mix else 0,
         "choice": finalist.choice.metrics,
         "report": measured.metrics,
         "kl_standard_error": measured.quality.kl_error(),

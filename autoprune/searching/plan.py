@@ -242,11 +242,7 @@ class Plan:
             "rungs": list(self.rungs),
             "pruner": config.search.pruner if self.rungs else "none",
             "seed": config.search.seed,
-            **(
-                {"proposals": config.search.proposals}
-                if config.search.proposals
-                else {}
-            ),
+            **config.search.asked,
             "export": config.export,
             "compute_dtype": str(bench.compute_dtype).removeprefix("torch."),
             "methods": {name: m.version for name, m in _used(self).items()},

@@ -20,8 +20,11 @@ from autoprune.searching.strategies import notes_of
 Pruner = Literal["race", "halving", "wilcoxon", "none"]
 """What ends a trial at a rung: our race, or a pruner of Optuna's."""
 
-REPLACES = 2.0
-"""Standard errors by which a policy has to be better to become the incumbent."""
+REPLACES = 1.0
+"""Standard errors by which a policy has to be better to become the incumbent. A step
+that was foretold to be better needs no more proof: measured on SmolLM2-135M at 70 %
+zeros, ``gradient`` ended at KL 1.252 with 2, at 1.225 with 1, at 1.219 with 0; on other
+text at 1.305, 1.288 and 1.287."""
 
 GIVEN_UP = 1.0
 """Standard errors by which a trial may be worse than the incumbent at a rung."""
@@ -56,7 +59,7 @@ def paired(new: Sequence[float], old: Sequence[float]) -> tuple[float, float]:
 def replaces(new: Trial, old: Trial, objective: Objective) -> bool:
     """Tell whether a complete trial takes the place of the incumbent.
 
-    With one goal, the KL, it has to be better by two standard errors of the paired
+    With one goal, the KL, it has to be better by a standard error of the paired
     difference; with another goal by any amount.
     """
     if objective.goals == (("kl", "minimize"),) and new.windows and old.windows:

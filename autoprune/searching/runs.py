@@ -7,6 +7,7 @@ from typing import Any
 
 from autoprune.config import RunConfig
 from autoprune.errors import PolicyError, RunError
+from autoprune.evaluation.provenance import Mix
 from autoprune.policy import Policy
 from autoprune.searching.fingerprint import differences
 from autoprune.searching.ledger import Ledger
@@ -53,7 +54,8 @@ def read_winner(folder: Path) -> dict[str, Any]:
         Policy.from_dict(record)
         if record.get("reference"):
             Policy.from_dict(record["reference"])
-    except (OSError, ValueError, PolicyError) as error:
+        Mix.of(record)
+    except (OSError, ValueError, KeyError, PolicyError) as error:
         raise RunError(
             f"cannot read the winner {path}: {error}. Give the same search command "
             "again: it writes the file anew from the ledger"

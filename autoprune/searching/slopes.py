@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 
 from autoprune.evaluation.slopes import LayerSlopes
-from autoprune.policy import Layer
+from autoprune.policy import Layer, Site
 from autoprune.searching.curvature import kind_of, steadied
 from autoprune.searching.space import SearchSpace
 
@@ -43,19 +43,30 @@ class SiteSlopes:
         layers: Mapping[Layer, LayerSlopes],
         windows: Sequence[int],
     ) -> Self:
+        """Add layers up to the sites of a space; see ``summed``."""
+        counts = [len(space.choices[site.name]) for site in space.sites]
+        return cls.summed(space.sites, counts, layers, windows)
+
+    @classmethod
+    def summed(
+        cls,
+        sites: Sequence[Site],
+        counts: Sequence[int],
+        layers: Mapping[Layer, LayerSlopes],
+        windows: Sequence[int],
+    ) -> Self:
         """Add layers up to sites.
 
         Args:
-            space: The space.
+            sites: The sites.
+            counts: How many choices each has.
             layers: Slopes of the layers of free sites, a column a choice of the site.
             windows: On which they were taken.
         """
-        width = max(len(actions) for actions in space.choices.values())
-        shape = (4, len(space.sites), width)
+        shape = (4, len(sites), max(counts))
         table = np.full(shape, np.inf, dtype=np.float32)
         draws = 0
-        for row, site in enumerate(space.sites):
-            count = len(space.choices[site.name])
+        for row, (site, count) in enumerate(zip(sites, counts, strict=True)):
             table[:, row, :count] = 0
             found = [layers[layer] for layer in site.layers if layer in layers]
             if not found:
@@ -72,7 +83,7 @@ class SiteSlopes:
                 table[3, row, :count] = crossed.numpy()
         slope, error = table[:2]
         fits = np.isfinite(slope)
-        kinds = [kind_of(site.name) for site in space.sites]
+        kinds = [kind_of(site.name) for site in sites]
         drawn, pairs = (np.where(fits, one, 0).astype(float) for one in table[2:])
         curvature = np.where(fits, steadied(drawn, pairs, kinds, draws), np.inf)
         return cls(slope, error, curvature.astype(np.float32), tuple(windows))

@@ -20,7 +20,6 @@ from autoprune.config import RunConfig
 from autoprune.run import find_space
 from autoprune.searching.allocation import allocate
 from autoprune.searching.finals import (
-    RIVAL,
     Candidate,
     rank,
     resolve_anew,
@@ -28,6 +27,7 @@ from autoprune.searching.finals import (
 )
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
+from autoprune.searching.rivals import UNIFORM
 from autoprune.searching.study import run_study
 
 BITS = ["gptq(bits=[2, 3, 4, 5, 6, 8], group=64)"]
@@ -63,7 +63,7 @@ def uniform(limit: float) -> dict[str, Any]:
     rivals = [
         Candidate(number, origin, policy, evaluator.measure(policy).metrics)
         for number, (origin, policy) in enumerate(plan.proposals)
-        if origin.startswith(RIVAL)
+        if origin.startswith(UNIFORM)
     ]
     best = min(rivals, key=lambda rival: rival.fitness["kl"])
     return _measured(plan, best, began)

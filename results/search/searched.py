@@ -18,6 +18,7 @@ from autoprune.compression.store import VariantStore
 from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Policy
 from autoprune.searching.ledger import Ledger
+from autoprune.searching.mixing import mixes
 from autoprune.searching.plan import Plan
 from autoprune.searching.rows import Trial
 from autoprune.searching.rungs import incumbents
@@ -63,23 +64,30 @@ def resolved(plan: Plan, policy: Policy) -> dict[str, Any]:
 
 
 def refined(plan: Plan, policy: Policy) -> dict[str, Any]:
-    """Solve a policy anew, and keep what is better on the choice split, as runs do.
+    """Solve a policy anew, mix, and keep what is best on the choice split, as runs do.
 
     What a search gains on its own variants is partly theirs: solved anew, some of it
-    is lost. Both are measured on new text; ``report_*`` is of the one that is kept.
+    is lost. All are measured on new text; ``report_*`` is of the one that is kept.
     """
     bench, began = plan.bench, time.process_time()
     with _solved(plan, policy) as bank:
+        banks, choice = {"searched": plan.bank, "solved": bank}, dict[str, float]()
+
+        def choose() -> None:
+            for name in banks.keys() - choice.keys():
+                found = bench.measure(policy, banks[name], "choice")
+                choice[name] = found.metrics["kl"]
+
+        choose()
+        start, other = (banks[name] for name in sorted(banks, key=choice.__getitem__))
+        for mixed, sites in mixes(bench, policy, start, other):
+            banks[f"mixed, {len(sites)} exchanged"] = mixed
+        choose()
         spent = time.process_time() - began
-        banks = {"searched": plan.bank, "solved": bank}
-        choice = {
-            name: bench.measure(policy, one, "choice").metrics["kl"]
-            for name, one in banks.items()
-        }
         report = {name: _reported(bench, policy, one) for name, one in banks.items()}
     kept = min(choice, key=choice.__getitem__)
     return {
-        "resolve_cpu_s": spent,
+        "refine_cpu_s": spent,
         "kept": kept,
         "choice_kl_of": choice,
         "report_perplexity_of": {

@@ -22,6 +22,7 @@ from autoprune.searching.finals import (
     resolve_anew,
     take_candidates,
 )
+from autoprune.searching.mixing import mixes
 from autoprune.searching.objective import Limit, Objective
 from autoprune.searching.plan import Plan
 from autoprune.searching.rows import Trial, utc_now
@@ -163,7 +164,7 @@ def finalist(plan: Plan) -> Callable[..., Finalist]:
     def finalist(name: str, fitness: float, choice: float) -> Finalist:
         _, policy = plan.proposals[0]
         candidate = Candidate(0, name, policy, {"kl": fitness})
-        return Finalist(candidate, plan.bank, False, Measured({"kl": choice}, None, {}))
+        return Finalist(candidate, plan.bank, Measured({"kl": choice}, None, {}))
 
     return finalist
 
@@ -213,8 +214,8 @@ def test_a_finalist_knows_whose_inputs_it_was_made_on(plan: Plan) -> None:
     (_, basis), *_ = plan.proposals
     first, *_ = rank(plan.bench, plan.bank, candidates(plan), kl, basis=basis)
     assert first.reference == basis
-    own = resolve_anew(plan.bench, first, lambda m: -kl(m))
-    other = resolve_anew(plan.bench, first, kl)
+    own = resolve_anew(plan.bench, first, lambda m: -kl(m), mix=False)
+    other = resolve_anew(plan.bench, first, kl, mix=False)
     for one in (own, other):
         expected = first.candidate.policy if one.resolved else basis
         assert one.reference == expected
@@ -229,9 +230,11 @@ def test_the_better_of_two_solutions_is_kept(plan: Plan) -> None:
     def progress(done: int, total: int) -> None:
         steps.append((done, total))
 
+    def solve(cost: Callable[[Measured], float]) -> Finalist:
+        return resolve_anew(plan.bench, first, cost, progress, mix=False)
+
     for told in ([(0, 2), (1, 2), (2, 2)], []):
-        better = resolve_anew(plan.bench, first, lambda m: -kl(m), progress)
-        worse = resolve_anew(plan.bench, first, kl, progress)
+        better, worse = solve(lambda m: -kl(m)), solve(kl)
         kept = {better.resolved: better, worse.resolved: worse}
         assert kept.keys() == {True, False}  # one of the two is smaller
         assert kept[False] is first
@@ -247,7 +250,37 @@ def test_the_better_of_two_solutions_is_kept(plan: Plan) -> None:
 
 def test_a_solution_that_diverges_is_no_better(plan: Plan) -> None:
     first = rank(plan.bench, plan.bank, candidates(plan), kl)[0]
-    assert resolve_anew(plan.bench, first, lambda _: math.inf) is first
+    assert resolve_anew(plan.bench, first, lambda _: math.inf, mix=False) is first
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["better", "worse"])
+def test_a_mix_is_kept_only_if_it_is_better_than_both(plan: Plan, sign: int) -> None:
+    first = rank(plan.bench, plan.bank, candidates(plan), kl)[-1]
+    policy, costs = first.candidate.policy, dict[str, float]()
+
+    def cost(measured: Measured) -> float:
+        return sign * kl(measured)
+
+    plain = resolve_anew(plan.bench, first, cost, mix=False)
+    best = resolve_anew(plan.bench, first, cost)
+    own = plan.bench.bank(policy)
+    banks = [plan.bank, own]
+    if plain.bank is not first.bank:
+        banks.reverse()
+    costs = {
+        bank.name: cost(plan.bench.measure(policy, bank, "choice"))
+        for bank, _ in mixes(plan.bench, policy, *banks)
+    }
+    assert costs  # there is something to try
+    if min(costs.values()) < cost(plain.choice):
+        assert best.mix is not None
+        assert best.bank.name == min(costs, key=costs.__getitem__)
+        assert best.mix.reference == (None if plain.resolved else policy)
+        assert report(plan.bench, best)["mixed_sites"] == len(best.mix.sites)
+    else:
+        assert best.mix is None
+        assert best.bank.name == plain.bank.name
+    assert cost(best.choice) == min(cost(plain.choice), *costs.values())
 
 
 def test_the_report_says_how_sure_it_is(plan: Plan) -> None:

@@ -11,11 +11,11 @@ from autoprune.errors import ConfigError, PluginError
 from autoprune.plugins import Plugins, load_plugins
 from autoprune.policy import DENSE, Action, Layer, Site
 from autoprune.searching.budget import Budget, Prices
-from autoprune.searching.finals import RIVAL
 from autoprune.searching.formulas import Ladder
 from autoprune.searching.plan import Plan
 from autoprune.searching.problem import Problem
 from autoprune.searching.projection import SLACK
+from autoprune.searching.rivals import UNIFORM
 from autoprune.searching.space import SearchSpace
 
 MODULES = ("layer_ratios", "layer_importance", "block_removal")
@@ -196,7 +196,7 @@ def test_every_formula_is_registered(plugins: Plugins) -> None:
 def test_every_formula_meets_the_budget_and_follows_the_rivals(make: Any) -> None:
     plan = make(RATIOS)
     origins = [origin for origin, _ in plan.proposals]
-    first = next(i for i, one in enumerate(origins) if not one.startswith(RIVAL))
+    first = next(i for i, one in enumerate(origins) if not one.startswith(UNIFORM))
     own = origins[first:]
     assert [name.split()[0] for name in own] == [
         one for name in RATIOS for one in [name] * (2 if name == "atp" else 1)
@@ -210,7 +210,7 @@ def test_every_formula_meets_the_budget_and_follows_the_rivals(make: Any) -> Non
 
 def test_no_formula_is_tried_unless_it_is_named(make: Any) -> None:
     plain, asked = make([]), make(["erk"])
-    assert all(origin.startswith(RIVAL) for origin, _ in plain.proposals)
+    assert all(origin.startswith(UNIFORM) for origin, _ in plain.proposals)
     assert asked.proposals[: len(plain.proposals)] == plain.proposals
     assert asked.reference == plain.reference  # still the uniform policy
     assert "proposals" not in plain.fingerprint

@@ -82,17 +82,17 @@ def test_equal_windows_have_no_gap_and_no_error():
 @pytest.mark.parametrize(
     ("new", "expected"),
     [
-        ((2.0, 4.0), False),  # gaps -3, -1: exactly two standard errors of 1
-        ((2.0, 3.9375), True),
-        ((2.0, 4.0625), False),
+        ((3.0, 5.0), False),  # gaps -2, 0: exactly a standard error of 1
+        ((3.0, 4.9375), True),
+        ((3.0, 5.0625), False),
         ((5.0, 5.0), False),
         ((4.5, 4.5), True),  # the same gap in every window has no error
         ((5.5, 5.5), False),
     ],
 )
-def test_incumbent_is_replaced_beyond_two_standard_errors(new, expected):
+def test_incumbent_is_replaced_beyond_a_standard_error(new, expected):
     old = row((5.0, 5.0))
-    assert paired((2.0, 4.0), old.windows) == (-2.0, 1.0)
+    assert paired((3.0, 5.0), old.windows) == (-1.0, 1.0)
     assert replaces(row(new), old, KL) is expected
 
 
@@ -114,7 +114,7 @@ def test_incumbents_follow_each_other():
     rows = [
         row(state="failed", number=0),
         row((5.0, 5.0), 1),
-        row((2.0, 4.0), 2),  # exactly on the border
+        row((3.0, 5.0), 2),  # exactly on the border
         row((1.0,), 3, "pruned"),
         row((1.0, 1.0), 4, constraints={"ppl": 0.1}),
         row((4.0, 4.0), 5),

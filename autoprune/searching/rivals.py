@@ -1,0 +1,127 @@
+"""Rivals that need no search: the best policies by what choices cost by themselves.
+
+A search earns its time only where it beats them. With pruning and quantization in one
+space, each alone is a rival too, at the same budgets.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from autoprune.compression.actions import Actions
+from autoprune.errors import BudgetError
+from autoprune.policy import Action, Site
+from autoprune.searching.allocation import allocate
+from autoprune.searching.plan import Plan
+from autoprune.searching.problem import Problem, Proposal
+from autoprune.searching.rows import Trial
+from autoprune.searching.sensitivity import Sensitivities
+
+log = logging.getLogger(__name__)
+
+SOLVED = ALLOCATION, QUANTIZATION, PRUNING = "allocation", "quantization", "pruning"
+"""Rivals that are solved for, as ``search: {rivals: ...}`` names them."""
+
+UNIFORM, RANDOM = "uniform", "random search"
+"""How origins of the others begin."""
+
+RIVALS = (UNIFORM, RANDOM, *(f"{name} only" for name in SOLVED))
+"""How origins of all rivals begin: of policies that a search has to beat."""
+
+
+def rival_kind(origin: str) -> str | None:
+    """Tell which kind of rival a trial is, from its origin; None if it is none."""
+    return next((kind for kind in RIVALS if origin.startswith(kind)), None)
+
+
+def solved_rivals(
+    plan: Plan,
+    sensitivities: Float[np.ndarray, "sites choices"] | None,
+    tell: Callable[[str], None],
+) -> list[Proposal]:
+    """Solve for the rivals of a plan that need no search, all within its budgets.
+
+    ``quantization`` and ``pruning`` are left out where choices are of one sort, and
+    where nothing of theirs is that small. Without budgets the best policy is dense, so
+    there are none.
+
+    Args:
+        plan: Of the first round, its variants made.
+        sensitivities: What choices cost by themselves, where the strategy has it
+            measured; None for the error of outputs, which needs no gradient.
+        tell: Hears what is measured.
+    """
+    wanted = [name for name in plan.config.search.rivals if name in SOLVED]
+    if not wanted or not plan.problem.budgets:
+        return []
+    costs = sensitivities
+    if costs is None:
+        tell("measuring sensitivities (error), for rivals")
+        costs = Sensitivities(plan.bench, plan.bank, plan.problem.space).costs("error")
+    traits, found = _Traits(plan.problem, plan.bench.actions), []
+    for name in wanted:
+        if name != ALLOCATION and not traits.mixed:
+            continue  # it is the allocation itself
+        try:
+            allowed = np.where(traits.allowed(name), costs, np.inf)
+            indices = allocate(plan.problem, allowed)
+        except BudgetError as error:
+            log.info("no rival %r: %s", f"{name} only", error)
+            continue
+        found.append((f"{name} only", plan.problem.space.at(indices)))
+    return found
+
+
+def random_rival(plan: Plan, trials: int) -> Plan:
+    """Plan a random search among the same variants, of at most so many trials."""
+    changes = {"sampler": "random", "trials": trials, "rivals": []}
+    search = plan.config.search.model_copy(update=changes)
+    config = plan.config.model_copy(update={"search": search})
+    return replace(plan, config=config, proposals=())
+
+
+def as_random_rival(trials: Sequence[Trial]) -> list[Trial]:
+    """Give the trials of a random search the origin of a rival."""
+    return [replace(trial, origin=RANDOM) for trial in trials]
+
+
+class _Traits:
+    """Which choices of a space prune, and which quantize."""
+
+    def __init__(self, problem: Problem, actions: Actions) -> None:
+        space = problem.space
+        shape = len(space.sites), max(len(c) for c in space.choices.values())
+        self._prunes = np.zeros(shape, dtype=bool)
+        self._quantizes = np.zeros(shape, dtype=bool)
+        for row, site in enumerate(space.sites):
+            for column, action in enumerate(space.choices[site.name]):
+                prunes, quantizes = _does(actions, site, action)
+                self._prunes[row, column] = prunes
+                self._quantizes[row, column] = quantizes
+
+    @property
+    def mixed(self) -> bool:
+        """True if some choices prune and some quantize, or do both."""
+        return bool(self._prunes.any() and self._quantizes.any())
+
+    def allowed(self, name: str) -> Bool[np.ndarray, "sites choices"]:
+        """Tell which choices a rival may take."""
+        if name == QUANTIZATION:
+            return ~self._prunes
+        if name == PRUNING:
+            return ~self._quantizes
+        return np.ones_like(self._prunes)
+
+
+def _does(actions: Actions, site: Site, action: Action) -> tuple[bool, bool]:
+    """Tell whether an action leaves weights out, and whether it quantizes."""
+    if not action.steps:
+        return False, False
+    stored = [actions.storage(layer, action) for layer in site.layers]
+    return (
+        any(storage.kept < storage.numel for storage in stored),
+        any(storage.bits is not None for storage in stored),
+    )
