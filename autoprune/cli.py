@@ -147,7 +147,9 @@ def evaluate(
 def export(
     run: Run,
     *,
-    trial: Annotated[int | None, typer.Option(help="A trial, not the winner.")] = None,
+    trial: Annotated[
+        str | None, typer.Option(help="A trial, not the winner: 13, or round-2/13.")
+    ] = None,
     front: Annotated[bool, typer.Option("--front", help="All of the front.")] = False,
     target: Target = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,

@@ -1,6 +1,7 @@
 """How a run ends: the last choice, the report, and the record of the winner."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from autoprune.errors import RunError
@@ -21,16 +22,31 @@ from autoprune.searching.finals import (
 from autoprune.searching.plan import Plan
 from autoprune.searching.rivals import rival_kind
 from autoprune.searching.rows import Trial
+from autoprune.searching.runs import name_of
+
+
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """A part of a run that has ended.
+
+    Attributes:
+        name: Its folder in the run folder; empty for the first round.
+        plan: Its plan.
+        trials: Its trials.
+    """
+
+    name: str
+    plan: Plan
+    trials: list[Trial]
 
 
 def conclude(
-    plans: Sequence[Plan], trials: Sequence[list[Trial]], observer: Observer
+    parts: Sequence[Searched], observer: Observer
 ) -> tuple[Finalist, dict[str, Any]]:
     """Choose on text the search never saw; report on text that nothing ever saw.
 
     Args:
-        plans: Of the rounds, and of the random search that is a rival.
-        trials: Of each.
+        parts: The rounds, and the random search where it is a rival.
         observer: Hears of stages.
 
     Returns:
@@ -40,17 +56,16 @@ def conclude(
         RunError: If there is no trial.
         BudgetError: If none keeps every limit.
     """
-    plan, count = plans[0], plans[0].config.search.finalists
-    if not any(trials):
+    plan = parts[0].plan
+    if not any(part.trials for part in parts):
         raise RunError(
             f"the time budget of {plan.config.search.budget:g} s ended before the "
             "first trial. Give more; the variants are kept, not made again"
         )
     cost = plan.cost("choice")
     ranked: list[Finalist] = []
-    for one, rows in zip(plans, trials, strict=True):
-        candidates = take_candidates(rows, plan.objective, count=count) if rows else []
-        ranked += rank(plan.bench, one.bank, candidates, cost, basis=one.reference)
+    for part in parts:
+        ranked += _ranked(part, plan, cost) if part.trials else []
     ranked.sort(key=lambda finalist: cost(finalist.choice))
     elected, rival = elect(ranked, cost)
     two = [elected, *([rival] if rival and rival is not elected else [])]
@@ -76,13 +91,21 @@ def conclude(
         ],
         "finalists": [
             {
-                "trial": finalist.candidate.trial,
+                "trial": name_of(finalist.candidate.part, finalist.candidate.trial),
                 "origin": finalist.candidate.origin,
                 "choice": finalist.choice.metrics,
             }
             for finalist in ranked
         ],
     }
+
+
+def _ranked(part: Searched, first: Plan, cost: Cost) -> list[Finalist]:
+    """Measure the best trials of a part of the run on the choice split."""
+    count, objective = first.config.search.finalists, first.objective
+    found = take_candidates(part.trials, objective, count=count, part=part.name)
+    basis = part.plan.reference
+    return rank(first.bench, part.plan.bank, found, cost, basis=basis)
 
 
 def _refined(
@@ -92,7 +115,8 @@ def _refined(
     refine = plan.config.search.refine
     if refine == "none":
         return finalist
-    observer.stage(f"solving trial {finalist.candidate.trial} on its own inputs")
+    trial = name_of(finalist.candidate.part, finalist.candidate.trial)
+    observer.stage(f"solving trial {trial} on its own inputs")
     mix = refine == "mix"
     return resolve_anew(plan.bench, finalist, cost, observer.advance, mix=mix)
 
@@ -122,7 +146,7 @@ def winner_record(
         winner.candidate.policy.to_dict()
         | made_for(plan.bench, winner.reference, winner.mix)
         | {
-            "trial": winner.candidate.trial,
+            "trial": name_of(winner.candidate.part, winner.candidate.trial),
             "seed": plan.config.search.seed,
             "text": measured_on(plan.bench, plan.config.text, "report"),
             "figures": {

@@ -22,6 +22,7 @@ from autoprune.reporting.card import model_card
 from autoprune.reporting.observer import Observer
 from autoprune.searching import objective as objectives
 from autoprune.searching.plan import Plan
+from autoprune.searching.rows import Trial
 from autoprune.searching.runs import (
     check_unchanged,
     read_config,
@@ -58,7 +59,7 @@ def export(
     run_dir: str | Path,
     *,
     out: str | Path | None = None,
-    trial: int | None = None,
+    trial: int | str | None = None,
     front: bool = False,
     target: str | None = None,
     force: bool = False,
@@ -70,7 +71,7 @@ def export(
         run_dir: The run folder.
         out: Where; ``export-TARGET`` in the run folder by default. For a front, a
             folder of folders named after trials.
-        trial: Number of a trial.
+        trial: Number of a trial; ``round-2/13`` of a further round.
         front: Export every trial that no other beats.
         target: Export target; the run's own by default.
         force: Replace exports that are there already.
@@ -186,24 +187,28 @@ def export_policy(
 
 
 def _chosen(
-    plan: Plan, folder: Path, *, trial: int | None, whole_front: bool
+    plan: Plan, folder: Path, *, trial: int | str | None, whole_front: bool
 ) -> list[tuple[dict[str, Any], Policy, VariantBank]]:
     """Find what to export: record, policy, and the bank that it was measured with."""
+    named: list[tuple[int | str, Trial, Policy | None]]
     if whole_front:
         trials = objectives.front_in(read_trials(folder), plan.front_goals)
         if not trials:
             raise RunError(f"{folder} has no trial that keeps every limit, so no front")
+        named = [(one.number, one, plan.reference) for one in trials]
     elif trial is not None:
-        trials = [read_trial(folder, trial)]
+        one, reference = read_trial(folder, trial)
+        named = [(trial, one, reference or plan.reference)]
     else:
         winner = read_winner(folder)
         policy = Policy.from_dict(winner)
         return [(winner, policy, bank_of(plan.bench, winner))]
     found = []
-    for one in trials:
-        measured = plan.bench.measure(one.policy, plan.bank, "report").metrics
-        record = made_for(plan.bench, plan.reference) | {
-            "trial": one.number,
+    for name, one, reference in named:
+        bank = plan.bench.bank(reference)
+        measured = plan.bench.measure(one.policy, bank, "report").metrics
+        record = made_for(plan.bench, reference) | {
+            "trial": name,
             "seed": plan.config.search.seed,
             "text": measured_on(plan.bench, plan.config.text, "report"),
             "figures": {
@@ -211,5 +216,5 @@ def _chosen(
                 "compressed": measured,
             },
         }
-        found.append((record, one.policy, plan.bank))
+        found.append((record, one.policy, bank))
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from autoprune.conclusion import conclude, winner_record
+from autoprune.conclusion import Searched, conclude, winner_record
 from autoprune.config import RunConfig
 from autoprune.errors import ConfigError, RunError, unknown_name
 from autoprune.plugins import load_plugins
@@ -26,6 +26,7 @@ from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
 from autoprune.searching.rivals import as_random_rival, random_rival, solved_rivals
 from autoprune.searching.rows import Trial
+from autoprune.searching.runs import REFERENCE
 from autoprune.searching.study import run_study
 
 RUNS = Path("results/runs")
@@ -36,6 +37,10 @@ RANDOM_RIVAL = "rival-random"
 
 SPACES = "autoprune_spaces"
 """The package of the spaces that ship: the folder ``search_spaces``."""
+
+
+_Part = tuple[str, Plan, Ledger]
+"""A part of a run: its folder in the run folder, its plan and its ledger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +109,7 @@ def search(
     observer.stage("loading model and text")
     first = Plan.make(config, load_plugins(config.plugins))
     _tell(first, observer)
-    searched: list[tuple[Plan, Ledger]] = []
+    searched: list[_Part] = []
     with ExitStack() as ledgers:
         for place, share, plan in _parts(first, searched, observer):
             ledger = ledgers.enter_context(
@@ -113,21 +118,22 @@ def search(
             if not searched:
                 settings = yaml.safe_dump(config.model_dump(mode="json"))
                 write_text(folder / "config.yaml", settings)
-            searched.append((plan, ledger))
+            elif plan.reference is not None:
+                reference = to_json(plan.reference.to_dict())
+                write_text(folder / place / REFERENCE, reference)
+            searched.append((place, plan, ledger))
             ended = _search_part(plan, ledger, observer, stop, began, share)
             if ended == "stopped":
                 break
-        plans = [plan for plan, _ in searched]
-        trials = [ledger.trials() for _, ledger in searched]
+        parts = [_ended(*part) for part in searched]
         rounds = config.search.rounds
-        trials[rounds:] = map(as_random_rival, trials[rounds:])
-        table = _table([ledger.frame() for _, ledger in searched[:rounds]])
+        table = _table([ledger.frame() for *_, ledger in searched[:rounds]])
         if ended == "stopped":
-            last = trials[:rounds][-1] or trials[0]
+            last = parts[:rounds][-1].trials or parts[0].trials
             best_now = best_so_far(last, first.objective)
             return SearchResult(folder, best_now, {}, table, ended)
         observer.stage("choosing among finalists")
-        winner, finals = conclude(plans, trials, observer)
+        winner, finals = conclude(parts, observer)
         record = winner_record(first, winner, finals)
         write_text(folder / "finals.json", to_json(finals))
         write_text(folder / "policy.json", to_json(record))
@@ -135,13 +141,13 @@ def search(
 
 
 def _parts(
-    first: Plan, searched: list[tuple[Plan, Ledger]], observer: Observer
+    first: Plan, searched: list[_Part], observer: Observer
 ) -> Iterator[tuple[str, float, Plan]]:
     """Give the searches of a run, each planned when those before it have ended.
 
     Args:
         first: The plan of the first round.
-        searched: The plans and ledgers so far.
+        searched: The parts so far.
         observer: Hears of each.
 
     Yields:
@@ -155,8 +161,15 @@ def _parts(
         yield f"round-{number}", last * number / rounds, _next_round(searched, observer)
     if "random" in rivals:
         observer.note("a rival: random search for as long")
-        trials = sum(len(ledger.trials()) for _, ledger in searched)
+        trials = sum(len(ledger.trials()) for *_, ledger in searched)
         yield RANDOM_RIVAL, 1.0, random_rival(first, trials)
+
+
+def _ended(place: str, plan: Plan, ledger: Ledger) -> Searched:
+    """Give a part with its trials, those of the random search as rivals."""
+    trials = ledger.trials()
+    is_rival = place == RANDOM_RIVAL
+    return Searched(place, plan, as_random_rival(trials) if is_rival else trials)
 
 
 def _search_part(
@@ -207,9 +220,9 @@ def _search_part(
     return ended
 
 
-def _next_round(searched: list[tuple[Plan, Ledger]], observer: Observer) -> Plan:
+def _next_round(searched: list[_Part], observer: Observer) -> Plan:
     """Plan a round around the best policy of the one before."""
-    plan, ledger = searched[-1]
+    _, plan, ledger = searched[-1]
     incumbent = best_so_far(ledger.trials(), plan.objective)
     if incumbent is None:
         raise RunError(

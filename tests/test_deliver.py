@@ -16,9 +16,11 @@ from transformers import (
 )
 
 import autoprune
+from autoprune.compression.bank import VariantBank
 from autoprune.config import RunConfig
 from autoprune.deliver import ExportReport, export
 from autoprune.errors import ExportError, ModelError, PluginError, RunError
+from autoprune.evaluation.provenance import bank_of
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 from autoprune.run import SearchResult, search
@@ -62,9 +64,8 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(input_ids=IDS).logits.float()
 
 
-def expected_logits(plan: Plan, policy: Policy, reference: Policy | None) -> Tensor:
+def expected_logits(plan: Plan, policy: Policy, bank: VariantBank) -> Tensor:
     """Give the logits of the model in memory with a policy's variants on it."""
-    bank = plan.bench.bank(reference)
     state = {}
     model = AutoModelForCausalLM.from_pretrained(plan.bench.checkpoint.folder).eval()
     modules = dict(model.named_modules())
@@ -97,8 +98,7 @@ def test_the_winner_is_exported_packed(
     assert report.size_bytes == run.finals["winner"]["report"]["size_bytes"]
     assert report.metrics == run.finals["winner"]["report"]
     winner = read_winner(run.run_dir)
-    reference = winner["reference"] and Policy.from_dict(winner["reference"])
-    expected = expected_logits(plan, report.policy, reference)
+    expected = expected_logits(plan, report.policy, bank_of(plan.bench, winner))
     assert torch.equal(logits(autoprune.load(report.folder)), expected)
     record = json.loads((report.folder / "policy.json").read_text())
     assert Policy.from_dict(record) == run.policy
@@ -121,8 +121,7 @@ def test_the_winner_is_exported_for_plain_transformers(
     assert report.target == "transformers"
     assert report.size_bytes == run.finals["winner"]["sizes"]["transformers"]
     winner = read_winner(run.run_dir)
-    reference = winner["reference"] and Policy.from_dict(winner["reference"])
-    expected = expected_logits(plan, report.policy, reference)
+    expected = expected_logits(plan, report.policy, bank_of(plan.bench, winner))
     model = AutoModelForCausalLM.from_pretrained(report.folder)
     assert torch.equal(logits(model), expected)
     assert AutoTokenizer.from_pretrained(report.folder)("a b")["input_ids"]
@@ -138,11 +137,55 @@ def test_a_trial_is_exported_as_it_was_measured(
     check_report(report)
     assert report.policy == trial.policy
     assert report.size_bytes == trial.metrics["size_bytes"]
-    expected = expected_logits(plan, trial.policy, plan.reference)
+    expected = expected_logits(plan, trial.policy, plan.bank)
     assert torch.equal(logits(autoprune.load(report.folder)), expected)
     record = json.loads((report.folder / "policy.json").read_text())
     assert record["trial"] == 1
     assert record["figures"]["compressed"] == report.metrics
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_mix_of_variants_is_exported_as_it_is_recorded(
+    run: SearchResult, plan: Plan, tmp_path: Path
+) -> None:
+    shutil.copytree(run.run_dir, tmp_path / "run")
+    record = read_winner(run.run_dir)
+    record.pop("mix", None)
+    policy = Policy.from_dict(record)
+    sites = [name for name in policy if name.startswith("blocks.1.")]
+    plain = bank_of(plan.bench, record)
+    record["mix"] = {"reference": None, "sites": sites}
+    (tmp_path / "run/policy.json").write_text(json.dumps(record))
+    (report,) = export(tmp_path / "run", out=tmp_path / "mixed")
+    check_report(report)
+    found = logits(autoprune.load(report.folder))
+    expected = expected_logits(plan, policy, bank_of(plan.bench, record))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, expected_logits(plan, policy, plain))
+    assert (
+        json.loads((report.folder / "policy.json").read_text())["mix"] == record["mix"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_trial_of_a_further_round_is_exported_as_it_was_measured(
+    config: RunConfig, plan: Plan, tmp_path: Path
+) -> None:
+    twice = config.search.model_copy(update={"rounds": 2, "refine": "none"})
+    result = search(config.model_copy(update={"search": twice}), tmp_path / "run")
+    trial = read_trials(result.run_dir / "round-2")[1]
+    (report,) = export(result.run_dir, trial="round-2/1", out=tmp_path / "one")
+    check_report(report)
+    assert report.policy == trial.policy
+    record = json.loads((report.folder / "policy.json").read_text())
+    assert record["trial"] == "round-2/1"
+    bank = plan.bench.bank(Policy.from_dict(record["reference"]))
+    found = plan.bench.measure(trial.policy, bank, "fitness").metrics
+    assert found["kl"] == trial.metrics["kl"]
+    expected = expected_logits(plan, trial.policy, bank)
+    assert torch.equal(logits(autoprune.load(report.folder)), expected)
 
 
 @pytest.mark.slow

@@ -18,12 +18,13 @@ from autoprune.errors import BudgetError, ConfigError, RunError
 from autoprune.plugins import load_plugins
 from autoprune.policy import Action, Policy
 from autoprune.reporting.observer import Observer
+from autoprune.reporting.status import RunStatus
 from autoprune.run import RANDOM_RIVAL, SearchResult, find_space, search
 from autoprune.run import write_text as write_whole
 from autoprune.searching.plan import Plan
 from autoprune.searching.rivals import RANDOM, rival_kind
 from autoprune.searching.rows import Trial
-from autoprune.searching.runs import read_trials
+from autoprune.searching.runs import read_trial, read_trials
 from autoprune.transfer import apply, evaluate
 
 METRICS = {
@@ -484,6 +485,24 @@ def test_finalists_of_all_rounds_are_compared(
     gains = finals["gain_over_rival"]
     assert gains.keys() == {"fitness", "choice"}
     assert gains["choice"] >= 0.5 * gains["fitness"]
+    names = [one["trial"] for one in finals["finalists"]]
+    assert len(set(names)) == len(names)  # two rounds count from 0
+    for one in finals["finalists"]:
+        found, reference = read_trial(result.run_dir, one["trial"])
+        assert found.origin == one["origin"]
+        assert (reference is None) == (not str(one["trial"]).startswith("round-2/"))
+
+
+def test_the_status_tells_of_every_round(
+    rounds_ended: tuple[SearchResult, Listener],
+) -> None:
+    result, _ = rounds_ended
+    told = RunStatus.read(result.run_dir).to_dict()
+    second = read_trials(result.run_dir / "round-2")
+    assert told["parts"].keys() == {"round-2"}
+    assert told["parts"]["round-2"]["trials"] == len(second)
+    best = told["parts"]["round-2"]["best"][0]["metrics"]["kl"]
+    assert best == min(trial.metrics["kl"] for trial in second if trial.feasible)
 
 
 def level_of(action: Action) -> float:

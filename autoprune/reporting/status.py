@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from autoprune.plugins import load_plugins
 from autoprune.searching.formulate import front_goals, goals_of
 from autoprune.searching.objective import Direction, Objective, front_in
 from autoprune.searching.rows import Trial
-from autoprune.searching.runs import FINALS, read_config, read_trials
+from autoprune.searching.runs import FINALS, parts_in, read_config, read_trials
 
 SHOWN = 5
 """Best trials that are told of where one metric decides."""
@@ -31,6 +31,8 @@ class RunStatus:
             in size and divergence.
         wanted: Trials that the run shall have; None if time alone ends it.
         finals: The last choice, as in ``finals.json``; empty before it is made.
+        further: Of every further part of the run, such as ``round-2``: its best trials,
+            and how many it has.
     """
 
     run_dir: Path
@@ -40,6 +42,7 @@ class RunStatus:
     front: Sequence[Trial]
     wanted: int | None
     finals: Mapping[str, Any]
+    further: Mapping[str, tuple[Sequence[Trial], int]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunStatus":
@@ -54,18 +57,16 @@ class RunStatus:
         config = read_config(run_dir)
         metrics = load_plugins(config.plugins).objects["metrics"]
         goals = goals_of(metrics, config.objective)
-        best: list[Trial] = []
-        if len(goals) == 1:
-            feasible = [trial for trial in trials if trial.feasible]
-            best = sorted(feasible, key=Objective(goals).costs)[:SHOWN]
+        further = {name: read_trials(run_dir / name) for name in parts_in(run_dir)}
         return cls(
             run_dir,
             goals,
             trials,
-            best,
+            _best(trials, goals),
             front_in(trials, front_goals(goals)),
             config.search.trials,
             _finals(run_dir / FINALS),
+            {name: (_best(rows, goals), len(rows)) for name, rows in further.items()},
         )
 
     @property
@@ -99,8 +100,22 @@ class RunStatus:
             "last_finished": self.trials[-1].finished if self.trials else None,
             "best": [_trial(trial) for trial in self.best],
             "front": [_trial(trial) for trial in self.front],
+            "parts": {
+                name: {"trials": count, "best": [_trial(trial) for trial in best]}
+                for name, (best, count) in self.further.items()
+            },
             "finals": dict(self.finals),
         }
+
+
+def _best(
+    trials: Sequence[Trial], goals: tuple[tuple[str, Direction], ...]
+) -> list[Trial]:
+    """Give the best trials where one metric is wanted; else none."""
+    if len(goals) > 1:
+        return []
+    feasible = [trial for trial in trials if trial.feasible]
+    return sorted(feasible, key=Objective(goals).costs)[:SHOWN]
 
 
 def _trial(trial: Trial) -> dict[str, Any]:

@@ -74,6 +74,10 @@ def status_parts(status: RunStatus) -> list[str | Table]:
     goals = [name for name, _ in status.goals]
     if status.best:
         parts.append(trials_table(status.best, goals, title="Best trials"))
+    for name, (best, count) in status.further.items():
+        parts.append(f"{name}: {count} trials")
+        if best:
+            parts.append(trials_table(best, goals, title=f"Best trials of {name}"))
     if status.front:
         title = "Front: trials that no other beats"
         parts.append(trials_table(status.front, goals, title=title))

@@ -20,6 +20,7 @@ from autoprune.searching.mixing import mixes
 from autoprune.searching.objective import Objective, front
 from autoprune.searching.rivals import rival_kind
 from autoprune.searching.rows import Trial
+from autoprune.searching.runs import name_of
 
 Progress = Callable[[int, int], None]
 
@@ -35,6 +36,8 @@ class Candidate:
 
     Attributes:
         trial: Number of its trial.
+        part: The part of the run that the trial is of, by its folder: ``round-2``;
+            empty for the first round.
         origin: Where it came from; see ``rivals.RIVALS`` for those of rivals.
         policy: The policy.
         fitness: What it scored on the split that the search compared trials on.
@@ -44,6 +47,7 @@ class Candidate:
     origin: str
     policy: Policy
     fitness: Mapping[str, float] = field(default_factory=dict)
+    part: str = ""
 
     @property
     def is_rival(self) -> bool:
@@ -72,12 +76,12 @@ class Finalist:
 
     @property
     def resolved(self) -> bool:
-        """True if its variants, or most of them, were made on its own inputs."""
-        return self.reference == self.candidate.policy
+        """True if all its variants were made on its own inputs."""
+        return self.reference == self.candidate.policy and self.mix is None
 
 
 def take_candidates(
-    trials: Sequence[Trial], objective: Objective, *, count: int
+    trials: Sequence[Trial], objective: Objective, *, count: int, part: str = ""
 ) -> list[Candidate]:
     """Take the best trials, and the best of each kind of rival with them.
 
@@ -85,6 +89,7 @@ def take_candidates(
         trials: All trials, at least one.
         objective: What is wanted; from a front, the reward picks.
         count: How many, rivals aside.
+        part: Of the run, by its folder.
 
     Raises:
         BudgetError: If none is complete and keeps every limit.
@@ -98,7 +103,7 @@ def take_candidates(
         if kind := rival_kind(trial.origin):
             rivals.setdefault(kind, trial)
     chosen += [trial for trial in rivals.values() if trial not in chosen]
-    return [Candidate(t.number, t.origin, t.policy, t.metrics) for t in chosen]
+    return [Candidate(t.number, t.origin, t.policy, t.metrics, part) for t in chosen]
 
 
 def best_so_far(trials: Sequence[Trial], objective: Objective) -> Policy | None:
@@ -227,7 +232,7 @@ def report(bench: Workbench, finalist: Finalist) -> dict[str, Any]:
     measured = bench.measure(candidate.policy, finalist.bank, "report")
     assert measured.quality is not None
     return {
-        "trial": candidate.trial,
+        "trial": name_of(candidate.part, candidate.trial),
         "origin": candidate.origin,
         "resolved": finalist.resolved,
         "mixed_sites": len(finalist.mix.sites) if finalist.mix else 0,

@@ -10,6 +10,7 @@ from autoprune.errors import PolicyError, RunError
 from autoprune.evaluation.provenance import Mix
 from autoprune.policy import Policy
 from autoprune.searching.fingerprint import differences
+from autoprune.searching.ledger import FILE as LEDGER
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.rows import Trial
 
@@ -21,6 +22,9 @@ WINNER = "policy.json"
 
 FINALS = "finals.json"
 """Finalists and rivals on the choice and report splits."""
+
+REFERENCE = "reference.json"
+"""In the folder of a further round: whose inputs its variants were made on."""
 
 _OF_MACHINE = ("compute_dtype", "bank")
 """Parts of a fingerprint that another machine may change without any harm."""
@@ -73,19 +77,63 @@ def read_trials(folder: Path) -> list[Trial]:
         return ledger.trials()
 
 
-def read_trial(folder: Path, number: int) -> Trial:
+def name_of(part: str, number: int) -> int | str:
+    """Name a trial: its number, with the part of the run that it is of.
+
+    Example:
+        >>> name_of("round-2", 13), name_of("", 13)
+        ('round-2/13', 13)
+    """
+    return f"{part}/{number}" if part else number
+
+
+def read_trial(folder: Path, name: int | str) -> tuple[Trial, Policy | None]:
     """Read one trial.
 
+    Args:
+        folder: The run folder.
+        name: Its number; ``round-2/13`` in a further round.
+
+    Returns:
+        The trial, and in a further round the policy whose inputs its variants were
+        made on.
+
     Raises:
-        RunError: If there is none of that number.
+        RunError: If there is none of that name.
     """
-    trials = read_trials(folder)
+    part, _, number = str(name).rpartition("/")
+    place = folder / part
+    if not number.isdecimal() or part not in ("", *parts_in(folder)):
+        known = ", ".join(f"{one}/13" for one in parts_in(folder))
+        raise RunError(
+            f"{name!r} is no name of a trial; a number such as 13 is"
+            + (f", and {known} in its parts" if known else "")
+        )
+    trials = read_trials(place)
     for trial in trials:
-        if trial.number == number:
-            return trial
+        if trial.number == int(number):
+            return trial, _read_reference(place)
     raise RunError(
-        f"{folder} has no trial {number}; it has {len(trials)}, counted from 0"
+        f"{place} has no trial {number}; it has {len(trials)}, counted from 0"
     )
+
+
+def parts_in(folder: Path) -> list[str]:
+    """Name the parts of a run beside its first round, by their folders."""
+    return sorted(place.parent.name for place in folder.glob(f"*/{LEDGER}"))
+
+
+def _read_reference(place: Path) -> Policy | None:
+    path = place / REFERENCE
+    if not path.exists():
+        return None
+    try:
+        return Policy.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, PolicyError) as error:
+        raise RunError(
+            f"cannot read {path}: {error}. Give the same search command again: it "
+            "writes the file anew"
+        ) from error
 
 
 def check_unchanged(folder: Path, now: Mapping[str, Any]) -> None:

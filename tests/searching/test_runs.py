@@ -13,6 +13,8 @@ from autoprune.searching.ledger import Ledger
 from autoprune.searching.rows import Trial, utc_now
 from autoprune.searching.runs import (
     check_unchanged,
+    name_of,
+    parts_in,
     read_config,
     read_trial,
     read_trials,
@@ -55,14 +57,39 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_trials_are_read_in_their_order(run_dir: Path) -> None:
     assert [one.number for one in read_trials(run_dir)] == [0, 1, 2]
-    assert read_trial(run_dir, 2).seed == 2
+    for name in (2, "2"):
+        found, reference = read_trial(run_dir, name)
+        assert found.seed == 2
+        assert reference is None
 
 
-@pytest.mark.parametrize("number", [3, -1])
-def test_a_trial_that_is_not_there(number: int, run_dir: Path) -> None:
-    message = f"has no trial {number}; it has 3, counted from 0"
+def test_a_trial_that_is_not_there(run_dir: Path) -> None:
+    with pytest.raises(RunError, match="has no trial 3; it has 3, counted from 0"):
+        read_trial(run_dir, 3)
+
+
+def test_a_trial_of_a_further_round_has_its_reference(run_dir: Path) -> None:
+    with Ledger.open(run_dir / "round-2", MADE_WITH) as ledger:
+        ledger.add(trial(0))
+    (run_dir / "round-2/reference.json").write_text(json.dumps(POLICY.to_dict()))
+    assert parts_in(run_dir) == ["round-2"]
+    found, reference = read_trial(run_dir, name_of("round-2", 0))
+    assert found.number == 0
+    assert reference == POLICY
+    with pytest.raises(RunError, match="round-2 has no trial 1; it has 1"):
+        read_trial(run_dir, "round-2/1")
+    (run_dir / "round-2/reference.json").write_text("[]")
+    with pytest.raises(RunError, match=r"cannot read .*reference\.json: .*same search"):
+        read_trial(run_dir, "round-2/0")
+
+
+@pytest.mark.parametrize("name", [-1, "last", "round-3/0", "../run/0", "round-2/", ""])
+def test_a_name_that_no_trial_can_have(name: int | str, run_dir: Path) -> None:
+    with Ledger.open(run_dir / "round-2", MADE_WITH):
+        pass
+    message = "is no name of a trial; a number such as 13 is, and round-2/13 in its"
     with pytest.raises(RunError, match=message):
-        read_trial(run_dir, number)
+        read_trial(run_dir, name)
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
