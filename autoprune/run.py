@@ -122,7 +122,8 @@ def search(
                 reference = to_json(plan.reference.to_dict())
                 write_text(folder / place / REFERENCE, reference)
             searched.append((place, plan, ledger))
-            ended = _search_part(plan, ledger, observer, stop, began, share)
+            end = began + share * config.search.budget if config.search.budget else None
+            ended = _search_part(plan, ledger, observer, stop, end, rivals=not place)
             if ended == "stopped":
                 break
         parts = [_ended(*part) for part in searched]
@@ -167,9 +168,8 @@ def _parts(
 
 def _ended(place: str, plan: Plan, ledger: Ledger) -> Searched:
     """Give a part with its trials, those of the random search as rivals."""
-    trials = ledger.trials()
-    is_rival = place == RANDOM_RIVAL
-    return Searched(place, plan, as_random_rival(trials) if is_rival else trials)
+    rename = as_random_rival if place == RANDOM_RIVAL else list[Trial]
+    return Searched(place, plan, rename(ledger.trials()))
 
 
 def _search_part(
@@ -177,8 +177,9 @@ def _search_part(
     ledger: Ledger,
     observer: Observer,
     stop: Callable[[], bool] | None,
-    began: float,
-    share: float,
+    deadline: float | None,
+    *,
+    rivals: bool,
 ) -> str:
     """Make the variants of a plan and search among them; tell why it ended."""
     observer.stage("making variants")
@@ -194,7 +195,9 @@ def _search_part(
     observer.stage("measuring the dense model")
     plan.bench.teacher("fitness")
     sensitivities = plan.sensitivities(observer.stage)
-    rivals = solved_rivals(plan, sensitivities, observer.stage)
+    proposals = list(plan.proposals)
+    if rivals:
+        proposals += solved_rivals(plan, sensitivities, observer.stage)
     frozen = FrozenProblem.of(plan.bench, plan.problem.space, sensitivities)
     frozen.write(ledger.run_dir)
     observer.aim(plan.objective.goals, ledger.trials())
@@ -211,8 +214,8 @@ def _search_part(
         pruner=config.pruner,
         sensitivities=sensitivities,
         trials=config.trials,
-        deadline=None if config.budget is None else began + share * config.budget,
-        proposals=[*plan.proposals, *rivals],
+        deadline=deadline,
+        proposals=proposals,
         on_trial=_on_trial(plan, ledger.run_dir, observer),
         stop=stop,
     )

@@ -503,6 +503,8 @@ def test_the_status_tells_of_every_round(
     assert told["parts"]["round-2"]["trials"] == len(second)
     best = told["parts"]["round-2"]["best"][0]["metrics"]["kl"]
     assert best == min(trial.metrics["kl"] for trial in second if trial.feasible)
+    assert not any(rival_kind(trial.origin) for trial in second)  # the first had them
+    assert any(rival_kind(trial.origin) for trial in read_trials(result.run_dir))
 
 
 def level_of(action: Action) -> float:

@@ -117,11 +117,11 @@ class _Traits:
 
 
 def _does(actions: Actions, site: Site, action: Action) -> tuple[bool, bool]:
-    """Tell whether an action leaves weights out, and whether it quantizes."""
+    """Tell whether an action removes weights, and whether it quantizes."""
     if not action.steps:
         return False, False
     stored = [actions.storage(layer, action) for layer in site.layers]
     return (
-        any(storage.kept < storage.numel for storage in stored),
+        any(storage.mask is not None for storage in stored),
         any(storage.bits is not None for storage in stored),
     )
