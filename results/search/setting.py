@@ -16,7 +16,7 @@ ROUNDING = 1e-5
 """Counts are rounded layer by layer; this much less keeps the uniform policy legal."""
 
 FITNESS = 16
-"""Windows of the fitness split, for all but one cell."""
+"""Windows of the fitness split."""
 
 STEP, REACH = 0.06, 4
 """Nine levels a layer: the target and four steps to either side."""
@@ -33,7 +33,6 @@ def open_plan(
     seed: int = 0,
     bank: str = "uniform",
     rules: list[dict[str, Any]] | None = None,
-    fitness: int = FITNESS,
     **search: Any,
 ) -> Plan:
     """Load SmolLM2-135M with nine levels of SparseGPT for each of its 210 layers.
@@ -43,7 +42,6 @@ def open_plan(
         seed: Of the search; text is split alike for all.
         bank: ``uniform`` for inputs propagated at the target, ``dense`` for none.
         rules: Of the space, in the place of the nine levels.
-        fitness: Windows of the fitness split.
         **search: More of the search's settings.
     """
     return open_space(
@@ -51,7 +49,6 @@ def open_plan(
         {"sparsity": target - ROUNDING},
         fuse=False,
         bank=bank,
-        fitness=fitness,
         **search,
     )
 
@@ -62,7 +59,6 @@ def open_space(
     *,
     fuse: bool = True,
     bank: str = "uniform",
-    fitness: int = FITNESS,
     **search: Any,
 ) -> Plan:
     """Load SmolLM2-135M with any space, on the text that all cells share.
@@ -72,7 +68,6 @@ def open_space(
         budgets: Limits by metric.
         fuse: Layers that runtimes fuse share one action.
         bank: ``uniform`` for inputs propagated at the budget, ``dense`` for none.
-        fitness: Windows of the fitness split.
         **search: More of the search's settings.
     """
     config = {
@@ -81,7 +76,7 @@ def open_space(
             "source": f"file:{ARTICLES}" if ARTICLES.exists() else "builtin",
             "window": 256,
             "statistics": 64,
-            "fitness": fitness,
+            "fitness": FITNESS,
             "choice": 16,
             "report": 64,
         },
