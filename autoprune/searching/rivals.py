@@ -28,6 +28,9 @@ SOLVED = ALLOCATION, QUANTIZATION, PRUNING = "allocation", "quantization", "prun
 UNIFORM, RANDOM = "uniform", "random search"
 """How origins of the others begin."""
 
+TOKENS = 2048
+"""Tokens that errors of outputs are taken on, where nothing better is measured."""
+
 RIVALS = (UNIFORM, RANDOM, *(f"{name} only" for name in SOLVED))
 """How origins of all rivals begin: of policies that a search has to beat."""
 
@@ -60,7 +63,8 @@ def solved_rivals(
     costs = sensitivities
     if costs is None:
         tell("measuring sensitivities (error), for rivals")
-        costs = Sensitivities(plan.bench, plan.bank, plan.problem.space).costs("error")
+        about = plan.bench, plan.bank, plan.problem.space
+        costs = Sensitivities(*about, tokens=TOKENS).costs("error")
     traits, found = _Traits(plan.problem, plan.bench.actions), []
     for name in wanted:
         if name != ALLOCATION and not traits.mixed:
