@@ -205,7 +205,7 @@ def test_stages_are_told_in_their_order(config: RunConfig, tmp_path: Path) -> No
         "loading model and text",
         "making variants",
         "measuring the dense model",
-        "measuring sensitivities (error), for rivals",
+        "measuring sensitivities (fisher), for rivals",
         "searching",
         "choosing among finalists",
         "measuring on the report split",

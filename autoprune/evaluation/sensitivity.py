@@ -39,11 +39,7 @@ Progress = Callable[[int, int], None]
 
 
 def output_errors(
-    bank: VariantBank,
-    wanted: Wanted,
-    progress: Progress | None = None,
-    *,
-    windows: int | None = None,
+    bank: VariantBank, wanted: Wanted, progress: Progress | None = None
 ) -> dict[Layer, Float[np.ndarray, " actions"]]:
     """Tell how much each variant changes what its layer gives, relative to all of it.
 
@@ -59,8 +55,6 @@ def output_errors(
         bank: Whose variants and whose inputs; missing variants are made.
         wanted: Layers with their actions.
         progress: Called with the blocks done and the blocks to do.
-        windows: How many of the bank's windows are passed, from the first; None for
-            all. A power needs far fewer tokens than a solver's Hessian.
 
     Raises:
         MethodError: If a step refuses a layer.
@@ -78,7 +72,7 @@ def output_errors(
     with _put_back(bank):
         # As the bank itself passes over the blocks, so that the inputs are the same.
         bank.put({la: a for la, a in bank.reference.items() if la.block is None})
-        model, ids = bank.stitched.model, bank.tokens.ids[:windows]
+        model, ids = bank.stitched.model, bank.tokens.ids
         runner = BlockRunner(model, bank.inventory, ids, batch=bank.batch)
         hidden = runner.start()
         for block in range(max(blocks, default=-1) + 1):

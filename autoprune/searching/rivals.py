@@ -28,9 +28,6 @@ SOLVED = ALLOCATION, QUANTIZATION, PRUNING = "allocation", "quantization", "prun
 UNIFORM, RANDOM = "uniform", "random search"
 """How origins of the others begin."""
 
-TOKENS = 2048
-"""Tokens that errors of outputs are taken on, where nothing better is measured."""
-
 RIVALS = (UNIFORM, RANDOM, *(f"{name} only" for name in SOLVED))
 """How origins of all rivals begin: of policies that a search has to beat."""
 
@@ -54,7 +51,7 @@ def solved_rivals(
     Args:
         plan: Of the first round, its variants made.
         sensitivities: What choices cost by themselves, where the strategy has it
-            measured; None for the error of outputs, which needs no gradient.
+            measured already; None where it has not.
         tell: Hears what is measured.
     """
     wanted = [name for name in plan.config.search.rivals if name in SOLVED]
@@ -62,9 +59,9 @@ def solved_rivals(
         return []
     costs = sensitivities
     if costs is None:
-        tell("measuring sensitivities (error), for rivals")
-        about = plan.bench, plan.bank, plan.problem.space
-        costs = Sensitivities(*about, tokens=TOKENS).costs("error")
+        kind = plan.config.search.sensitivity
+        tell(f"measuring sensitivities ({kind}), for rivals")
+        costs = Sensitivities(plan.bench, plan.bank, plan.problem.space).costs(kind)
     traits, found = _Traits(plan.problem, plan.bench.actions), []
     for name in wanted:
         if name != ALLOCATION and not traits.mixed:

@@ -7,7 +7,6 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,6 @@ class Sensitivities:
         space: What may be chosen.
         split: Where gradients and evaluations are taken.
         windows: How many windows of it; at most all.
-        tokens: How many tokens of the statistics split ``error`` reads, in whole
-            windows; None for all.
         draws: How often labels are drawn for a window's gradient.
         base: The policy in which ``measured`` replaces a choice; None for dense.
         seconds: Seconds that the measurements of this object took, by kind.
@@ -99,7 +96,6 @@ class Sensitivities:
     space: SearchSpace
     split: str = "fitness"
     windows: int = 8
-    tokens: int | None = None
     draws: int = 4
     base: Policy | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -151,12 +147,10 @@ class Sensitivities:
         return FisherRows(scores, np.array(counts))
 
     def _errors(self) -> dict[tuple[Site, Action], float]:
-        length, windows = self.bank.tokens.ids.shape[1], None
-        if self.tokens is not None:
-            windows = max(1, round(self.tokens / length))
-        file = self._file("error", *([windows] if windows else []))
-        measure = partial(output_errors, self.bank, windows=windows)
-        entries = self._by_layer("error", file, measure)
+        file = self._file("error")
+        entries = self._by_layer(
+            "error", file, lambda wanted: output_errors(self.bank, wanted)
+        )
         table = dict.fromkeys(self._all_pairs(), 0.0)
         for _, site, _, action in self._places():
             keys = [self.bank.key(layer, action) for layer in site.layers]

@@ -69,7 +69,7 @@ def test_each_rival_keeps_to_its_sort_and_to_the_budget(make: Make) -> None:
 def test_a_rival_is_the_best_of_all_that_are_within_the_budget(make: Make) -> None:
     plan = make(BLOCKS, {"size_bytes": "70%"})
     space = plan.problem.space
-    costs = Sensitivities(plan.bench, plan.bank, space).costs("error")
+    costs = Sensitivities(plan.bench, plan.bank, space).costs("fisher")
     counts = [len(space.choices[site.name]) for site in space.sites]
     everything = {
         float(costs[np.arange(len(counts)), indices].sum())

@@ -99,25 +99,6 @@ def test_errors_of_a_site_are_the_sum_of_its_layers(
     assert costs[row, 0] == pytest.approx(plain)
 
 
-def test_errors_on_fewer_tokens_are_kept_apart(
-    bench: Workbench, tmp_path: Path
-) -> None:
-    whole = sensitivities(bench, tmp_path, WANDA, DENSE)
-    length = whole.bank.tokens.ids.shape[1]
-    few = replace(whole, tokens=length, seconds={})
-    costs = few.costs("error")
-    assert not np.allclose(costs, whole.costs("error"), rtol=1e-6)
-    again = replace(few, seconds={})
-    assert np.array_equal(again.costs("error"), costs)
-    assert "error" not in again.seconds  # read, not measured
-    sites = [site for site in few.space.sites if few.space.choices[site.name][1:]]
-    rows = [few.space.sites.index(site) for site in sites]
-    wanted = {la: [WANDA] for site in sites for la in site.layers}
-    layers = output_errors(few.bank, wanted, windows=1)
-    plain = [sum(layers[la][0] for la in site.layers) for site in sites]
-    np.testing.assert_allclose(costs[rows, 0], plain, rtol=1e-5)
-
-
 def test_measured_costs_are_those_of_plain_measurements(
     bench: Workbench, tmp_path: Path
 ) -> None:
