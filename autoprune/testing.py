@@ -14,10 +14,13 @@ Subclass the contract with two fixtures and pytest runs it::
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import ClassVar
 
 import torch
 
+from autoprune.compression.examples import accepts
 from autoprune.compression.method import CompressionMethod, Settings, Source
 from autoprune.compression.storage import Storage
 from autoprune.compression.variant import Variant
@@ -100,6 +103,9 @@ class MethodContract:
         names = [parameter.name for parameter in method.parameters]
         assert len(set(names)) == len(names), f"a parameter twice: {names}"
         assert all(parameter.help for parameter in method.parameters), "help is empty"
+        for one in method.parameters:
+            listed = not one.choices or one.default in (None, *one.choices)
+            assert listed, f"{one.name}: {one.default!r} is none of {one.choices}"
 
     def test_check_completes(
         self, method: CompressionMethod, params: Mapping[str, Value]
@@ -112,11 +118,11 @@ class MethodContract:
     def test_check_refuses_unknown_names(
         self, method: CompressionMethod, params: Mapping[str, Value]
     ) -> None:
-        """A parameter that does not exist is a clear error."""
-        _expect_error(
-            "no_such_parameter",
-            lambda: method.check({**params, "no_such_parameter": 1}),
-        )
+        """A parameter, or a choice of one, that does not exist is a clear error."""
+        words = [one.name for one in method.parameters if one.choices]
+        for name in ("no_such_name", *words):
+            wrong = {**params, name: "no_such_name"}
+            _expect_error("no_such_name", partial(method.check, wrong))
 
     def test_refuses_layers_without_input(
         self, method: CompressionMethod, params: Mapping[str, Value]
@@ -131,9 +137,9 @@ class MethodContract:
     def test_storage_is_exact(
         self, method: CompressionMethod, params: Mapping[str, Value]
     ) -> None:
-        """What is declared is what is stored, to the byte."""
-        for dtype in (torch.bfloat16, torch.float32):
-            source, settings = self._found(dtype=dtype), method.check(params)
+        """What is declared is what is stored, to the byte, for every choice."""
+        both = [self._found(dtype=one) for one in (torch.bfloat16, torch.float32)]
+        for source, settings in product(both, _each_choice(method, params, both[0])):
             variant = _compress(method, [source], [settings])[0][0]
             declared = method.storage(source.layer, source.variant.storage, settings)
             packed = variant.pack()
@@ -265,6 +271,17 @@ def _pruned(source: Source) -> Source:
     kept = kept.expand(weight.shape).contiguous()
     variant = source.variant.pruned(weight, kept, pattern="2:4")
     return replace(source, variant=variant)
+
+
+def _each_choice(
+    method: CompressionMethod, params: Mapping[str, Value], source: Source
+) -> list[Settings]:
+    """Complete parameters: as given, and with each word that they and a layer take."""
+    words = [{one.name: word} for one in method.parameters for word in one.choices]
+    tries = [params, *({**params, **word} for word in words)]
+    settings = [method.check(one) for one in tries if accepts(method, one)]
+    layer, before = source.layer, source.variant.storage
+    return [one for one in settings if method.refuses(layer, before, one) is None]
 
 
 def _compress(

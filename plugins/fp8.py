@@ -12,8 +12,6 @@ from autoprune.hookspecs import hookimpl
 from autoprune.models.statistics import InputStatistics
 from autoprune.policy import Layer, Value
 
-_PER = ("row", "tensor")
-
 
 class Fp8(CompressionMethod):
     """Round each weight to the nearest number of E4M3, scaled so that the largest fits.
@@ -31,8 +29,8 @@ class Fp8(CompressionMethod):
             "per",
             str,
             "row",
-            "Weights that share a scale: row or tensor.",
-            example="tensor",
+            "Weights that share a scale.",
+            choices=("row", "tensor"),
         ),
         preconditions.GROUP,
     )
@@ -40,10 +38,6 @@ class Fp8(CompressionMethod):
     def check(self, params: Mapping[str, Value]) -> Settings:
         """Complete and check the parameters."""
         settings = super().check(params)
-        if settings["per"] not in _PER:
-            raise MethodError(
-                f"fp8(per=...) is one of {', '.join(_PER)}, found {settings['per']!r}"
-            )
         if settings["per"] == "tensor" and settings["group"] is not None:
             raise MethodError(
                 f"fp8 takes groups only per row, found group={settings['group']} and "

@@ -35,21 +35,16 @@ class Magnitude(ScoringMethod):
     reference = "Han et al. 2015, arXiv:1506.02626, Sec. 3"
     parameters = (
         *BY_ROW,
-        Parameter("norm", str, "l1", "Size of a tile: l1, l2, mean or variance."),
+        Parameter("norm", str, "l1", "Size of a tile.", choices=NORMS),
     )
 
     def check(self, params: Mapping[str, Value]) -> Settings:
         """Complete and check the parameters."""
         settings = super().check(params)
-        norm = settings["norm"]
-        if norm not in NORMS:
-            raise MethodError(
-                f"magnitude(norm=...) is one of {', '.join(NORMS)}, found {norm!r}"
-            )
         if "norm" in params and settings["tile"] is None:
             raise MethodError(
-                f"magnitude(norm={norm}) has no effect without tile: a single weight "
-                "counts as its size. Name tile too, or leave norm out."
+                f"magnitude(norm={settings['norm']}) has no effect without tile: a "
+                "single weight counts as its size. Name tile too, or leave norm out."
             )
         return settings
 

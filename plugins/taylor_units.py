@@ -10,17 +10,15 @@ from autoprune.compression import preconditions
 from autoprune.compression.gradients import finite_gradient, gradient_norm
 from autoprune.compression.method import CompressionMethod, Parameter, Settings, Source
 from autoprune.compression.structured import KEEP, StructuredMethod, in_units
-from autoprune.errors import MethodError
 from autoprune.hookspecs import hookimpl
 from autoprune.models.statistics import InputStatistics
-from autoprune.policy import Value
 
-IMPORTANCES = ("param_first", "param_second", "param_mix", "vector")
 IMPORTANCE = Parameter(
     "importance",
     str,
-    IMPORTANCES[0],
-    "What is summed up: param_first, param_second, param_mix or vector.",
+    "param_first",
+    "What is summed up.",
+    choices=("param_first", "param_second", "param_mix", "vector"),
 )
 
 
@@ -45,16 +43,6 @@ class TaylorUnits(StructuredMethod):
     needs = frozenset({"gradient", "gradient_square"})
     parameters = (KEEP, IMPORTANCE)
 
-    def check(self, params: Mapping[str, Value]) -> Settings:
-        """Complete and check the parameters."""
-        settings = super().check(params)
-        if settings["importance"] not in IMPORTANCES:
-            raise MethodError(
-                f"{self.name}(importance=...) is one of {', '.join(IMPORTANCES)}, "
-                f"found {settings['importance']!r}"
-            )
-        return settings
-
     def scores(
         self,
         sources: Sequence[Source],
@@ -75,7 +63,8 @@ def changes_of_loss(source: Source, importance: str) -> Float[Tensor, "out in"]:
 
     Args:
         source: A layer with its gradients.
-        importance: One of ``IMPORTANCES``; sizes, but for ``vector``, which is signed.
+        importance: A choice of ``IMPORTANCE``. The result holds sizes, but for
+            ``vector``, which is signed.
     """
     weight = preconditions.finite_weight(source)
     if importance == "param_second":

@@ -9,14 +9,15 @@ from torch import Tensor
 from autoprune.compression import preconditions
 from autoprune.compression.method import CompressionMethod, Parameter, Settings, Source
 from autoprune.compression.structured import KEEP, StructuredMethod, in_units
-from autoprune.errors import MethodError
 from autoprune.hookspecs import hookimpl
 from autoprune.models.statistics import InputStatistics
-from autoprune.policy import Value
 
-SCORES = ("wanda", "magnitude")
 SCORE = Parameter(
-    "score", str, SCORES[0], "What is compared: wanda (size x input) or magnitude."
+    "score",
+    str,
+    "wanda",
+    "What is compared; wanda is size x input.",
+    choices=("wanda", "magnitude"),
 )
 
 
@@ -33,16 +34,6 @@ class Units(StructuredMethod):
 
     needs = frozenset({"input_norm"})
     parameters = (KEEP, SCORE)
-
-    def check(self, params: Mapping[str, Value]) -> Settings:
-        """Complete and check the parameters."""
-        settings = super().check(params)
-        if settings["score"] not in SCORES:
-            raise MethodError(
-                f"{self.name}(score=...) is {' or '.join(SCORES)}, found "
-                f"{settings['score']!r}"
-            )
-        return settings
 
     def scores(
         self,

@@ -36,7 +36,7 @@ def example_step(method: CompressionMethod) -> Step:
     required = {p.name for p in method.parameters if p.required}
     given = {name: known[name] for name in known if name in required}
     tries = [given, *({**given, name: value} for name, value in known.items())]
-    chosen = next((one for one in tries if _accepts(method, one)), None)
+    chosen = next((one for one in tries if accepts(method, one)), None)
     if chosen is None:
         raise MethodError(
             f"method {method.name!r} has no example: neither its defaults nor the "
@@ -44,7 +44,7 @@ def example_step(method: CompressionMethod) -> Step:
             "example to each parameter that a step has to name."
         )
     for name, value in known.items() if required else ():
-        if _accepts(method, {**chosen, name: value}):
+        if accepts(method, {**chosen, name: value}):
             chosen = {**chosen, name: value}
     return _step(method, chosen)
 
@@ -52,15 +52,19 @@ def example_step(method: CompressionMethod) -> Step:
 def example_steps(method: CompressionMethod) -> list[Step]:
     """Give the example of a method, and what the examples of its parameters allow.
 
-    Every one of them is tried beside all that were found before, and alone.
+    Every one of them is tried beside all that were found before, and alone. Of a
+    parameter with choices every other word than the default is in one step.
     """
     first, known = example_step(method), _examples(method)
     required = {p.name for p in method.parameters if p.required}
     bases = [dict(first.params), {n: v for n, v in known.items() if n in required}]
     for name, value in known.items():
         bases += [{**base, name: value} for base in bases]
-    steps = [_step(method, base) for base in bases if _accepts(method, base)]
-    return list(dict.fromkeys(steps))
+    allowed = [base for base in bases if accepts(method, base)]
+    for name, word in _other_words(method):
+        with_word = [{**base, name: word} for base in allowed]
+        allowed += [one for one in with_word if accepts(method, one)][:1]
+    return list(dict.fromkeys(_step(method, one) for one in allowed))
 
 
 def example_layer(
@@ -135,20 +139,33 @@ def bits_per_weight(storage: Storage) -> float:
     return storage.nbytes * 8 / prod(storage.shape)
 
 
-def _examples(method: CompressionMethod) -> dict[str, Value]:
-    def value(one: Parameter) -> Value | None:
-        return one.default if one.required and one.example is None else one.example
-
-    found = {one.name: value(one) for one in method.parameters}
-    return {name: one for name, one in found.items() if one is not None}
-
-
-def _accepts(method: CompressionMethod, params: Mapping[str, Value]) -> bool:
+def accepts(method: CompressionMethod, params: Mapping[str, Value]) -> bool:
+    """Tell whether a method takes parameters, whatever the layer."""
     try:
         method.check(params)
     except MethodError:
         return False
     return True
+
+
+def _examples(method: CompressionMethod) -> dict[str, Value]:
+    def value(one: Parameter) -> Value | None:
+        if one.example is not None or not one.required:
+            return one.example
+        first = one.choices[0] if one.choices else None
+        return first if one.default is None else one.default
+
+    found = {one.name: value(one) for one in method.parameters}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _other_words(method: CompressionMethod) -> list[tuple[str, str]]:
+    return [
+        (one.name, word)
+        for one in method.parameters
+        for word in one.choices
+        if word != one.default
+    ]
 
 
 def _step(method: CompressionMethod, params: Mapping[str, Value]) -> Step:

@@ -35,6 +35,7 @@ class Parameter:
         high: Largest value allowed, itself included unless ``open_range``.
         open_range: True if ``low`` and ``high`` themselves are not allowed.
         pattern: True for an ``N:M`` pattern such as ``2:4``: N kept of every M.
+        choices: Words that a ``str`` is one of, in the order of tables; any if empty.
         required: True if every action has to name it.
         help: What it does, in one line.
         example: Value that tables and docs show where a default does not suffice; see
@@ -49,6 +50,7 @@ class Parameter:
     high: float | None = None
     open_range: bool = False
     pattern: bool = False
+    choices: tuple[str, ...] = ()
     required: bool = False
     example: Value | None = None
 
@@ -56,16 +58,21 @@ class Parameter:
         """Return the value in its kind.
 
         Raises:
-            MethodError: If it has another kind or lies outside of its range.
+            MethodError: If it has another kind, lies outside of its range or is none
+                of its choices; lists near misses.
         """
         where = f"{method}({self.name}=...)"
         if self.kind is float and type(value) is int:
             value = float(value)
         kind: type = type(value)
         if kind is not self.kind:
-            raise MethodError(
-                f"{where} takes {_KINDS[self.kind]}, found {value!r}. {self.help}"
-            )
+            takes = _KINDS[self.kind]
+            if self.choices:
+                takes = f"one of {', '.join(self.choices)}"
+            raise MethodError(f"{where} takes {takes}, found {value!r}. {self.help}")
+        if self.choices and value not in self.choices:
+            unknown = unknown_name("word", value, self.choices)
+            raise MethodError(f"{where}: {unknown}. {self.help}")
         if self.pattern:
             keep_of(value)
         elif self.low is not None and not self._within(value):

@@ -13,7 +13,7 @@ from autoprune.compression.storage import Tile
 from autoprune.errors import MethodError
 from autoprune.policy import Layer, Value
 
-PER = Parameter("per", str, "row", "Which weights compete: row or layer.")
+PER = Parameter("per", str, "row", "Which weights compete.", choices=("row", "layer"))
 TILE = Parameter(
     "tile",
     str,
@@ -41,9 +41,7 @@ def check_granularity(
     Raises:
         MethodError: If one is impossible, or two exclude each other.
     """
-    per, tile = settings["per"], settings["tile"]
-    if per not in ("row", "layer"):
-        raise MethodError(f"{method}(per=...) is row or layer, found {per!r}")
+    tile = settings["tile"]
     if tile is None:
         return settings
     if tile == "1x1" or not _TILE.fullmatch(tile):

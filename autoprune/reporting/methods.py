@@ -156,10 +156,16 @@ def card_parts(card: MethodCard) -> list[str | Table]:
 
 
 def parameter_text(parameter: Parameter) -> str:
-    """Write a parameter with default and range: ``bits = 4 (2 to 8)``."""
+    """Write a parameter with default and range: ``bits = 4 (2 to 8)``.
+
+    What else a word may be: ``norm = l1 (or l2, mean, variance)``.
+    """
     span = _range(parameter)
     if parameter.default is not None:
         text = f"{parameter.name} = {format_value(parameter.default)}"
+        if parameter.choices:
+            others = [one for one in parameter.choices if one != parameter.default]
+            span = f"or {_listed(others)}"
         return f"{text} ({span})" if span else text
     if parameter.pattern:
         span = "N:M"
@@ -182,6 +188,8 @@ def _parameters_table(parameters: Sequence[Parameter]) -> Table:
 
 
 def _range(parameter: Parameter) -> str:
+    if parameter.choices:
+        return _listed(parameter.choices)
     low, high = parameter.low, parameter.high
     if low is None or high is None:
         return ""

@@ -82,7 +82,9 @@ def test_what_it_refuses() -> None:
     assert "no inputs" in str(method.refuses(outside, dense, settings))
     with pytest.raises(MethodError, match="signed takes either sparsity or pattern"):
         method.check({})
-    with pytest.raises(MethodError, match="row or layer, found 'head'"):
+    with pytest.raises(
+        MethodError, match=r"per=.* unknown word 'head'\. Known: layer, row"
+    ):
         method.check({"sparsity": 0.5, "per": "head"})
 
 

@@ -148,7 +148,7 @@ def test_a_second_quantization_is_refused(method: CompressionMethod) -> None:
 @pytest.mark.parametrize(
     ("params", "match"),
     [
-        ({"per": "column"}, "one of row, tensor, found 'column'"),
+        ({"per": "column"}, r"fp8\(per=.* word 'column'\. Known: row, tensor"),
         ({"per": "tensor", "group": 8}, "found group=8 and per=tensor"),
     ],
 )

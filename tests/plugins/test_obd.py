@@ -85,7 +85,9 @@ def test_without_dependence_its_losses_are_the_output_error() -> None:
 
 
 def test_impossible_parameters_are_named() -> None:
-    with pytest.raises(MethodError, match="row or layer, found 'head'"):
+    with pytest.raises(
+        MethodError, match=r"per=.* unknown word 'head'\. Known: layer, row"
+    ):
         METHOD.check({"sparsity": 0.5, "per": "head"})
     with pytest.raises(MethodError, match="obd takes either sparsity or pattern"):
         METHOD.check({})

@@ -126,7 +126,9 @@ def test_rows_and_columns_of_zeros_have_no_importance() -> None:
 def test_impossible_parameters_are_named() -> None:
     with pytest.raises(MethodError, match="from 0 to 2, found 3"):
         METHOD.check({"sparsity": 0.5, "power": 3.0})
-    with pytest.raises(MethodError, match="row or layer, found 'head'"):
+    with pytest.raises(
+        MethodError, match=r"per=.* unknown word 'head'\. Known: layer, row"
+    ):
         METHOD.check({"sparsity": 0.5, "per": "head"})
 
 

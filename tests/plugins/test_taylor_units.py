@@ -84,8 +84,9 @@ def test_the_unit_that_matters_less_goes(site: list[Source]) -> None:
 
 
 def test_a_wrong_importance_is_refused() -> None:
-    with pytest.raises(MethodError, match=r"taylor_heads\(importance=.* found 'sum'"):
-        TaylorHeads().check({"keep": 0.5, "importance": "sum"})
+    told = r"taylor_heads\(importance=.* 'param_frist'.* mean 'param_first'.* vector\."
+    with pytest.raises(MethodError, match=told):
+        TaylorHeads().check({"keep": 0.5, "importance": "param_frist"})
 
 
 def test_missing_gradients_are_named(site: list[Source]) -> None:

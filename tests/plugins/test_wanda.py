@@ -79,7 +79,7 @@ def test_dead_inputs_go_first() -> None:
     [
         ({}, "wanda takes either sparsity or pattern, found neither"),
         ({"sparsity": 1.2}, "between 0 and 1, found 1.2"),
-        ({"sparsity": 0.5, "per": "column"}, r"wanda\(per=.* found 'column'"),
+        ({"sparsity": 0.5, "per": "column"}, r"wanda\(per=.* word 'column'"),
         ({"sparsity": 0.5, "tile": "8"}, r"wanda\(tile=.* found '8'"),
     ],
 )

@@ -15,6 +15,7 @@ from autoprune.compression.examples import (
     example_action,
     example_layer,
     example_step,
+    example_steps,
 )
 from autoprune.compression.method import CompressionMethod, Parameter, Settings, Source
 from autoprune.compression.storage import Storage
@@ -101,7 +102,7 @@ def test_what_methods_do_shows_in_what_they_store() -> None:
     assert found["sparsegpt"].granularities == ("unstructured", "N:M", "rows", "groups")
     assert found["gptq"].does == ("quantizes",)
     assert found["nvfp4"].granularities == ("groups of 16",)
-    assert found["fp8"].granularities == ("rows", "tensor", "groups")
+    assert found["fp8"].granularities == ("rows", "groups", "tensor")
     assert found["ziplm"].does == ("structure",)
     assert found["ziplm"].sites == ("channels", "heads")
     assert found["drop"].granularities == ("whole layers",)
@@ -146,6 +147,39 @@ def test_the_rule_it_shows_can_be_read(name: str, tmp_path: Path) -> None:
     path.write_text(f"model: demo\n{text}\n{objective}\nsearch: {{trials: 1}}\n")
     (read,) = RunConfig.from_yaml(path).space
     assert list(read.actions) == [cards.card_of(name, METHODS).example]
+
+
+def test_the_words_that_a_parameter_takes_are_told() -> None:
+    text = drawn(*cards.card_parts(cards.card_of("magnitude", METHODS)))
+    assert "l1, l2, mean, variance" in text and "row, layer" in text
+    about = json.loads(to_json(cards.card_of("fp8", METHODS)))
+    assert about["parameters"][0]["choices"] == ["row", "tensor"]
+
+
+def test_examples_show_every_word_once() -> None:
+    found = [str(step) for step in example_steps(METHODS["magnitude"])]
+    assert found == [
+        "magnitude(sparsity=0.5)",
+        "magnitude(pattern=2:4)",
+        "magnitude(sparsity=0.5, tile=1x8)",
+        "magnitude(per=layer, sparsity=0.5)",
+        "magnitude(norm=l2, sparsity=0.5, tile=1x8)",
+        "magnitude(norm=mean, sparsity=0.5, tile=1x8)",
+        "magnitude(norm=variance, sparsity=0.5, tile=1x8)",
+    ]
+
+
+def test_the_first_word_stands_for_one_that_has_to_be_named() -> None:
+    class Worded(Bare):
+        name = "worded"
+        parameters = (
+            Parameter("how", str, None, "How.", choices=("b", "a"), required=True),
+        )
+
+    assert [str(step) for step in example_steps(Worded())] == [
+        "worded(how=b)",
+        "worded(how=a)",
+    ]
 
 
 def test_an_unknown_name_lists_near_misses() -> None:
@@ -199,6 +233,11 @@ def test_a_method_that_nothing_suits_says_why() -> None:
         (Parameter("seed", int, 0, "", 0, 2**31 - 1), "seed = 0 (0 to 2147483647)"),
         (Parameter("tile", str, None, "", example="1x8"), "tile: such as 1x8"),
         (Parameter("word", str, None, ""), "word: word"),
+        (
+            Parameter("word", str, "a", "", choices=("b", "a", "c")),
+            "word = a (or b, c)",
+        ),
+        (Parameter("word", str, None, "", choices=("b", "a")), "word: b, a"),
     ],
 )
 def test_parameters_are_written_like_actions(parameter: Parameter, text: str) -> None:
