@@ -13,12 +13,11 @@ and the orders that the literature leads one to expect are checked.
 
 import argparse
 import sys
-from fnmatch import fnmatchcase
 from functools import partial
 
 import measured
 import torch
-from records import Cell, is_measured, run_cells
+from records import RECORDS, Cell, run_cells
 from settings import Setting, covered, cpu_seconds
 from shown import show
 
@@ -50,12 +49,7 @@ def main() -> None:
 def missing(plugins: Plugins, wanted: list[str]) -> list[Setting]:
     """List the cells that were asked for and are not there; all if none is named."""
     every = [measured.DENSE_CELL, *covered(plugins.objects["methods"])]
-    return [
-        one
-        for one in every
-        if not is_measured(one.name)
-        and (not wanted or any(fnmatchcase(one.name, glob) for glob in wanted))
-    ]
+    return [one for one in every if RECORDS.lacks(one.name, wanted)]
 
 
 def listed(plugins: Plugins, todo: list[Setting]) -> str:

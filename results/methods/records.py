@@ -1,21 +1,18 @@
-"""Cells: one result file each; a cell that failed says why and is measured again."""
+"""Cells, each in a process of its own; one that failed says why, and is tried again."""
 
 import ctypes
-import json
 import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-CELLS = Path(__file__).parent / "cells"
+from recording import Cell, Records, Row, tell  # noqa: E402
 
-Cell = Callable[[], dict[str, Any]]
+RECORDS = Records(Path(__file__).parent / "cells")
 
 
 def run_cells(cells: Mapping[str, Cell]) -> None:
@@ -24,40 +21,23 @@ def run_cells(cells: Mapping[str, Cell]) -> None:
     A child is a copy of this process with all that is loaded, so what it takes beside
     is the cell's alone, and nothing that a cell leaves behind reaches the next.
     """
-    CELLS.mkdir(exist_ok=True)
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # free memory would hide what cells take
     for name, measure in cells.items():
-        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {name}\n")
-        row = {"cell": name, **_apart(measure)}
+        tell(name)
+        row = _apart(measure)
         if "error" in row:
-            sys.stderr.write(f"         failed: {row['error']}\n")
-        row |= {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-        part = CELLS / f"{name}.part"
-        part.write_text(json.dumps(row, indent=1) + "\n")
-        os.replace(part, CELLS / f"{name}.json")
+            tell(f"failed: {row['error']}")
+        RECORDS.write(name, row)
 
 
-def read_cells() -> dict[str, dict[str, Any]]:
-    """Read the cells that were tried, by name; failed ones have an ``error``."""
-    return {
-        path.stem: json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))
-    }
-
-
-def is_measured(name: str) -> bool:
-    """Tell whether a cell is there and did not fail."""
-    path = CELLS / f"{name}.json"
-    return path.exists() and "error" not in json.loads(path.read_text())
-
-
-def _apart(measure: Cell) -> dict[str, Any]:
+def _apart(measure: Cell) -> Row:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(measure, theirs))
     child.start()
     theirs.close()
     try:
-        row: dict[str, Any] = ours.recv()
+        row: Row = ours.recv()
     except EOFError:
         child.join()
         row = {"error": f"the process ended with exit code {child.exitcode}"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 from expected import verdicts
-from records import read_cells
+from records import RECORDS
 
 HERE = Path(__file__).parent
 COLUMNS = [
@@ -36,7 +36,7 @@ PANELS = {
 
 def show() -> str:
     """Write the table and the picture; give table, failures and orders as text."""
-    found = read_cells()
+    found = RECORDS.read()
     good = {name: cell for name, cell in found.items() if "error" not in cell}
     if not good:
         return "\n".join(["no cell was measured yet", *failures(found), ""])

@@ -1,20 +1,19 @@
-"""Cells: one result file each, so that a long benchmark resumes where it stopped."""
+"""The cells of this benchmark: measured in their order, one file each."""
 
-import json
-import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-CELLS = Path(__file__).parent / "cells"
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-Cell = Callable[[], dict[str, Any]]
+from recording import Cell, Records, tell  # noqa: E402
+
+RECORDS = Records(Path(__file__).parent / "cells")
+read_cells = RECORDS.read
 
 
 def run_cells(cells: Mapping[str, Cell], wanted: list[str]) -> None:
@@ -25,33 +24,14 @@ def run_cells(cells: Mapping[str, Cell], wanted: list[str]) -> None:
         wanted: Patterns of names; all if empty.
     """
     torch.set_num_threads(1)
-    CELLS.mkdir(exist_ok=True)
     for name, measure in cells.items():
-        path = CELLS / f"{name}.json"
-        asked = not wanted or any(fnmatchcase(name, pattern) for pattern in wanted)
-        if path.exists() or not asked:
+        if not RECORDS.lacks(name, wanted):
             continue
-        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {name}\n")
+        tell(name)
         began = time.process_time()
-        row = {"cell": name, **measure()}
-        row |= {
-            "cell_cpu_s": round(time.process_time() - began, 1),
-            "date": time.strftime("%Y-%m-%d"),
-            "torch": torch.__version__,
-            "machine": f"{_processor()}, 1 thread, CPU time",
-        }
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(row, indent=1) + "\n")
-        os.replace(part, path)
-
-
-def read_cells(pattern: str = "*") -> dict[str, dict[str, Any]]:
-    """Read the cells that were measured, by name."""
-    return {
-        path.stem: json.loads(path.read_text())
-        for path in sorted(CELLS.glob("*.json"))
-        if fnmatchcase(path.stem, pattern)
-    }
+        row = measure()
+        row["cell_cpu_s"] = round(time.process_time() - began, 1)
+        RECORDS.write(name, row, machine=f"{_processor()}, 1 thread, CPU time")
 
 
 def _processor() -> str:
