@@ -22,6 +22,9 @@ DAMPING_LIMIT = 1.0
 INVERSE_LEAF = 96
 """Size from which a triangle is inverted by halves (measured)."""
 
+REVERSED_AT_ONCE = 2**18
+"""Numbers that are copied when a matrix is turned round in place: they fit a cache."""
+
 log = logging.getLogger(__name__)
 
 
@@ -97,7 +100,8 @@ def factorise(
     # A Hessian may take more than a block's weights: all of this is done in place.
     pivots = found.diagonal().clone()
     _invert(found)
-    feedback = found.mul_(pivots[:, None]).neg_().t().flip(0, 1)
+    feedback = found.mul_(pivots[:, None]).neg_().t()
+    _reverse(feedback.view(-1))  # both axes
     return Factor(feedback.float(), pivots.flip(0).square().float(), dead, order)
 
 
@@ -116,6 +120,18 @@ def _reversed_cholesky(
         if int(info) == 0 and bool(torch.isfinite(diagonal).all()):
             return flipped
     return None
+
+
+def _reverse(numbers: Float[Tensor, " n"]) -> None:
+    """Turn the order of a vector round in place, some numbers at a time."""
+    half = len(numbers) // 2
+    for start in range(0, half, REVERSED_AT_ONCE):
+        stop = min(start + REVERSED_AT_ONCE, half)
+        early = numbers[start:stop]
+        late = numbers[len(numbers) - stop : len(numbers) - start]
+        kept = early.flip(0)
+        early.copy_(late.flip(0))
+        late.copy_(kept)
 
 
 def _invert(lower: Float[Tensor, "n n"]) -> None:

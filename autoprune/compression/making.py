@@ -1,6 +1,6 @@
 """Makes variants step by step: methods are called, and what they give is checked."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from autoprune.compression.actions import Actions
@@ -54,23 +54,28 @@ class Making:
         sources: Sequence[Source],
         tails: Mapping[Action, tuple[Step, ...]],
         statistics: InputStatistics,
-    ) -> dict[Action, list[Variant]]:
+    ) -> Iterator[tuple[Action, list[Variant]]]:
         """Do the first of the steps that are left, then the others on what it gives.
 
         Actions that begin alike share their first steps, and one call of a method
-        serves all of its settings.
+        serves all of its settings. What one method gives is passed on, and may be let
+        go, before the next method is called.
 
         Args:
             sources: Layers that share an input, as the steps before have left them.
             tails: For each action the steps that are left.
             statistics: Of the common input.
 
+        Yields:
+            Every action once, with a variant for each source.
+
         Raises:
             MethodError: If the numbers do not allow it.
             PluginError: If a method breaks.
         """
-        variants = [source.variant for source in sources]
-        done = {a: variants for a, steps in tails.items() if not steps}
+        for action, left in tails.items():
+            if not left:
+                yield action, [source.variant for source in sources]
         steps = dict.fromkeys(steps[0] for steps in tails.values() if steps)
         for name in dict.fromkeys(step.method for step in steps):
             same = [step for step in steps if step.method == name]
@@ -81,8 +86,8 @@ class Making:
                     replace(source, variant=by_setting[index])
                     for source, by_setting in zip(sources, made, strict=True)
                 ]
-                done |= self.grow(grown, rest, statistics)
-        return done
+                yield from self.grow(grown, rest, statistics)
+            del made, grown  # else they would be held while the next method works
 
     def _compress(
         self,

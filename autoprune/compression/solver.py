@@ -8,6 +8,7 @@ from torch import Tensor
 
 from autoprune.compression.checks import require_finite
 from autoprune.compression.factor import Factor, factorise
+from autoprune.compression.heap import give_back_free_memory
 from autoprune.compression.method import Settings, Source
 from autoprune.compression.preconditions import finite_hessian
 from autoprune.compression.stack import Rule, Swept
@@ -54,6 +55,8 @@ def solve(
                 act_order=act_order,
                 names=[source.layer.name for source in sources],
             )
+            # What factorising has left would count beside the sweep, which takes most.
+            give_back_free_memory(after=hessian.nbytes)
         rules = [_rule(settings[index]) for index in at]
         for dtype, layers in by_type.items():
             swept = sweep(
@@ -64,7 +67,9 @@ def solve(
                 dtype=dtype,
             )
             for layer, results in zip(layers, swept, strict=True):
-                for index, rule, result in zip(at, rules, results, strict=True):
+                for index, rule in zip(at, rules, strict=True):
+                    # Taken out, so that not all settings are in memory twice.
+                    result = results.pop(0)
                     found[layer, index] = _variant(sources[layer], rule, result)
     return [
         [found[layer, index] for index in range(len(settings))]

@@ -60,7 +60,8 @@ class Stack:
     """Layers as rows of one matrix, transposed: a column of the layers is contiguous.
 
     Attributes:
-        base: Original weights, columns in the order of the sweep, dead ones zero.
+        base: Original weights, columns in the order of the sweep, dead ones zero; in
+            the layers' own type, which mostly takes less than float32.
         kept: True where an earlier step has kept a weight; None if all are.
         spans: Where each layer stands in the rows.
     """
@@ -78,8 +79,7 @@ class Stack:
     ) -> Self:
         """Stack layers that share the factor's Hessian; weights in any float type."""
         order = slice(None) if factor.order is None else factor.order
-        # Turned in their own type, which mostly takes less than float32.
-        base = torch.cat(list(weights)).t()[order].contiguous().float()
+        base = torch.cat(list(weights)).t()[order].contiguous()
         base[factor.dead] = 0.0
         kept = None
         if any(mask is not None for mask in masks):

@@ -1,13 +1,15 @@
 """Makes variants: of single layers, or block by block on what the blocks read."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from autoprune.compression.actions import Actions
 from autoprune.compression.apply import StitchedModel
+from autoprune.compression.heap import give_back_free_memory
 from autoprune.compression.making import Making
 from autoprune.compression.method import Source
 from autoprune.compression.needs import (
@@ -105,6 +107,7 @@ class VariantMaker:
                 take more than all weights of a block.
         """
         wanted, making = by_layer(pairs), Making(self.actions)
+        size = _weight_bytes(wanted)
         self._start_sites(making, wanted, sums)
         inputs: dict[str | None, dict[tuple[Action, ...], list[Layer]]] = {}
         for layer, wished in wanted.items():
@@ -114,6 +117,7 @@ class VariantMaker:
             statistics = sums.pop(name).result() if name else NO_STATISTICS
             for actions, layers in groups.items():
                 self._make_group(making, tuple(layers), actions, statistics)
+                give_back_free_memory(after=size)  # it counts beside what comes next
 
     def _start_sites(
         self,
@@ -136,17 +140,20 @@ class VariantMaker:
         statistics: InputStatistics,
     ) -> None:
         tails = {action: action.steps for action in actions}
-        made = making.grow(self._dense(layers), tails, statistics)
-        for action, variants in made.items():
-            for layer, variant in zip(layers, variants, strict=True):
-                declared = self.actions.storage(layer, action)
-                if variant.storage != declared:  # sizes would be wrong
-                    raise PluginError(
-                        f"the variant of {layer.name} under {str(action)!r} stores "
-                        f"{variant.storage}, but its methods declare {declared}"
-                    )
-                about = f"{layer.name}: {action}"
-                self.store.put(self.key(layer, action), variant, about=about)
+        for action, variants in making.grow(self._dense(layers), tails, statistics):
+            for layer in layers:  # none is held while others are made
+                self._keep(layer, action, variants.pop(0))
+
+    def _keep(self, layer: Layer, action: Action, variant: Variant) -> None:
+        """Store a variant, if it is what was declared."""
+        declared = self.actions.storage(layer, action)
+        if variant.storage != declared:  # sizes would be wrong
+            raise PluginError(
+                f"the variant of {layer.name} under {str(action)!r} stores "
+                f"{variant.storage}, but its methods declare {declared}"
+            )
+        about = f"{layer.name}: {action}"
+        self.store.put(self.key(layer, action), variant, about=about)
 
     def _dense(self, layers: Sequence[Layer]) -> list[Source]:
         weights = [self.stitched.dense_weight(layer) for layer in layers]
@@ -203,6 +210,7 @@ class StreamingPass:
         wanted = self._make_hidden(wanted)
         last = max((layer.block or 0 for layer, _ in wanted), default=-1)
         self._put_outside()
+        give_back_free_memory()  # of what was done before the pass
         hidden: Hidden = self.runner.start()
         for block in range(last + 1):
             if progress:
@@ -246,6 +254,7 @@ class StreamingPass:
         leaving = self.runner.run(block, hidden)
         for layer, _ in reference:  # else the weights of all blocks so far would stay
             maker.stitched.write(layer, DENSE, None)
+        give_back_free_memory(after=_weight_bytes(layer for layer, _ in reference))
         return leaving
 
     def _make(self, block: int, hidden: Hidden, pairs: Sequence[Pair]) -> Hidden:
@@ -259,6 +268,10 @@ class StreamingPass:
     def _compressed(self) -> list[Pair]:
         """List the layers that the reference does not leave dense."""
         return [pair for pair in self.reference.items() if pair[1].steps]
+
+
+def _weight_bytes(layers: Iterable[Layer]) -> int:
+    return sum(la.numel * getattr(torch, la.dtype).itemsize for la in layers)
 
 
 def _into(sums: Mapping[str, Gathering]) -> OnInput:

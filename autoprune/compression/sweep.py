@@ -139,7 +139,7 @@ class _Sweep:
     def _settle_tile(self, first: int, last: int) -> None:
         stack, feedback = self.stack, self.factor.feedback
         self.first = first
-        self.now = stack.base[first:last].repeat(1, self.copies)
+        self.now = stack.base[first:last].repeat(1, self.copies).float()
         if first:
             self.now.addmm_(feedback[first:last, :first], self.errors[:first])
         self.settled = torch.empty_like(self.now)
@@ -229,9 +229,9 @@ class _Sweep:
         base = self.stack.base
         if self.factor.order is not None:
             base = base[self.factor.order.argsort()]
-        low, high = base.view(-1, self.group, base.shape[1]).aminmax(dim=1)
-        every = slice(0, len(low))
-        self._fit(low.repeat(1, self.copies), high.repeat(1, self.copies), every)
+        ends = base.view(-1, self.group, base.shape[1]).aminmax(dim=1)
+        low, high = (end.repeat(1, self.copies).float() for end in ends)
+        self._fit(low, high, slice(0, len(low)))
 
     def _fit_reached(self, first: int, last: int) -> None:
         inside = slice(first - self.first, last - self.first)

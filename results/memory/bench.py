@@ -3,8 +3,9 @@
     python results/memory/bench.py [CELL ...]
 
 SparseGPT prunes every layer of a random model in bfloat16 on 8 x 128 tokens, on inputs
-that the pruned blocks leave and on dense ones, in a fresh process each. Its limit is
-the bytes of four blocks and of one block's Hessians. Each cell is one file in
+that the pruned blocks leave and on dense ones, in a fresh process each, to one level or
+to nine at once. The limit, meant for one level, is the bytes of four blocks and of one
+block's Hessians. Each cell is one file in
 ``cells/``; a cell that is there is not measured again. Writes ``table.csv``. Linux.
 """
 
@@ -29,7 +30,8 @@ CELLS = HERE / "cells"
 
 FEW_MAPPED = "1048576"
 """glibc raises the size from which it maps memory of its own to 32 MB, and keeps what
-is smaller for later. At this fixed size it gives all large tensors back at once."""
+is smaller until it is told to trim. At this fixed size it gives all large tensors back
+at once, as other C libraries do."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,22 @@ class Cell:
         depth: Blocks.
         propagate: Whether a block sees what the pruned blocks before it leave.
         give_back: Whether the allocator gives back what is free; see ``FEW_MAPPED``.
+        levels: Sparsities that each layer is pruned to in the same pass.
     """
 
     width: int
     depth: int
     propagate: bool
     give_back: bool
+    levels: int = 1
 
     @property
     def name(self) -> str:
         """Say what it is."""
         inputs = "propagated" if self.propagate else "dense"
         allocator = "" if self.give_back else "-glibc"
-        return f"{self.width}x{self.depth}-{inputs}{allocator}"
+        levels = f"-{self.levels}-levels" if self.levels > 1 else ""
+        return f"{self.width}x{self.depth}-{inputs}{levels}{allocator}"
 
     def measure(self) -> dict[str, Any]:
         """Make the model in a temporary folder and measure it in a fresh process."""
@@ -61,6 +66,7 @@ class Cell:
             self._save(Path(folder))
             command = [sys.executable, str(HERE / "pass_memory.py"), folder]
             command += ["--propagate"] if self.propagate else []
+            command += ["--levels", str(self.levels)]
             few = {"MALLOC_MMAP_THRESHOLD_": FEW_MAPPED} if self.give_back else {}
             done = subprocess.run(
                 command, env=os.environ | few, stdout=subprocess.PIPE, check=True
@@ -89,11 +95,13 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """List every cell, cheap ones first: some nine minutes of CPU time."""
+    """List every cell, cheap ones first: some eleven minutes of CPU time."""
     sizes = [(512, 6), (512, 24), (1024, 12), (2048, 4), (2048, 12)]
     return [
         *(Cell(*size, propagate=True, give_back=True) for size in sizes),
         Cell(2048, 4, propagate=False, give_back=True),
+        Cell(2048, 1, propagate=True, give_back=False),
+        Cell(2048, 1, propagate=True, give_back=False, levels=9),
         Cell(2048, 12, propagate=True, give_back=False),
     ]
 
@@ -115,7 +123,9 @@ def main() -> None:
         row = {"cell": cell.name, **vars(cell), **cell.measure()}
         row |= {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
         path.write_text(json.dumps(row, indent=1) + "\n")
-    rows = [json.loads(path.read_text()) for path in CELLS.glob("*.json")]
+    rows = [
+        {"levels": 1, **json.loads(path.read_text())} for path in CELLS.glob("*.json")
+    ]
     if rows:
         table = pd.DataFrame(rows).sort_values(["width", "depth", "cell"])
         table.to_csv(HERE / "table.csv", index=False)

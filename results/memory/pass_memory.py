@@ -1,10 +1,11 @@
 """Measures what memory one calibration pass takes; run in a fresh process.
 
-    python results/memory/pass_memory.py FOLDER [--propagate]
+    python results/memory/pass_memory.py FOLDER [--propagate] [--levels N]
 
 FOLDER holds a random Llama. Every layer of its blocks is pruned to 50 % by SparseGPT
-on a few tokens. Prints one line of JSON. What the process takes before it loads the
-model (the interpreter, torch, transformers) does not count.
+on a few tokens, and to more levels around it if asked. Prints one line of JSON. What
+the process takes before it loads the model (the interpreter, torch, transformers) does
+not count.
 """
 
 import argparse
@@ -30,25 +31,29 @@ from autoprune.plugins import load_plugins
 from autoprune.policy import Action
 
 WINDOWS, LENGTH = 8, 128
+STEP = 0.06
 LOADED = LlamaForCausalLM
 """Named here so that its code is in memory before anything is counted."""
 
 
-def measure(folder: Path, *, propagate: bool) -> dict[str, Any]:
-    """Make one variant of every layer, and tell what memory that took.
+def measure(folder: Path, *, propagate: bool, levels: int = 1) -> dict[str, Any]:
+    """Make the variants of every layer, and tell what memory that took.
 
     Args:
         folder: A plain Hugging Face folder.
         propagate: Give each block the inputs that the pruned blocks before it leave.
+        levels: How many variants of each layer, steps of ``STEP`` apart around 50 %.
     """
-    plugins, action = load_plugins(), Action.parse("sparsegpt(sparsity=0.5)")
+    plugins = load_plugins()
+    middle, *others = (_pruned(0.5 + STEP * at) for at in _around(levels))
     with tempfile.TemporaryDirectory() as scratch, PeakMemory() as peak:
         checkpoint = resolve(str(folder), cache=Path(scratch))
         model = load_model(checkpoint)
         assert isinstance(model, LOADED)
         found = inventory(model, list(plugins.objects["architectures"].values()))
         layers = [layer for layer in found.layers if layer.block is not None]
-        wanted = dict.fromkeys(layers, action)
+        reference = dict.fromkeys(layers, middle)
+        wanted = [(layer, one) for layer in layers for one in (middle, *others)]
         bank = VariantBank(
             StitchedModel(model, found.layers, compute_dtype=model.dtype),
             found,
@@ -56,10 +61,10 @@ def measure(folder: Path, *, propagate: bool) -> dict[str, Any]:
             VariantStore(Path(scratch) / "variants", 10**11),
             _tokens(model.config.vocab_size),
             checkpoint.revision,
-            wanted if propagate else {},
+            reference if propagate else {},
         )
         began = time.process_time()
-        made = bank.make(wanted.items())
+        made = bank.make(wanted)
         spent = time.process_time() - began
     return {
         "variants": made,
@@ -80,6 +85,15 @@ def sizes(found: Inventory, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
+def _around(levels: int) -> list[int]:
+    """Give whole numbers around zero, the nearest first: 0, 1, -1, 2, -2."""
+    return sorted(range(-((levels - 1) // 2), levels // 2 + 1), key=abs)
+
+
+def _pruned(sparsity: float) -> Action:
+    return Action.parse(f"sparsegpt(sparsity={sparsity:.2f})")
+
+
 def _tokens(vocabulary: int) -> TokenWindows:
     """Draw windows of tokens at random, always the same."""
     generator = torch.Generator().manual_seed(0)
@@ -92,9 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--propagate", action="store_true")
+    parser.add_argument("--levels", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(arguments.folder, propagate=arguments.propagate)
+    found = measure(
+        arguments.folder, propagate=arguments.propagate, levels=arguments.levels
+    )
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 
+from autoprune.compression import factor as factor_module
 from autoprune.compression.factor import factorise
 from autoprune.errors import MethodError
 from autoprune.testing import tiny_statistics
@@ -24,6 +25,17 @@ def test_factor_is_the_cholesky_factor_of_the_inverse(columns: int) -> None:
     torch.testing.assert_close(factor.feedback.double(), expected, rtol=1e-4, atol=1e-4)
     pivots = 1 / upper.diagonal().square()
     torch.testing.assert_close(factor.cost.double(), pivots, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 9, 16])
+def test_turning_round_in_parts_gives_the_same(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = hessian(columns)
+    whole = factorise(given, damping=0.01, act_order=False, names=["q"])
+    monkeypatch.setattr(factor_module, "REVERSED_AT_ONCE", 7)
+    parts = factorise(given, damping=0.01, act_order=False, names=["q"])
+    assert torch.equal(parts.feedback, whole.feedback)
 
 
 def test_act_order_sorts_by_the_diagonal() -> None:

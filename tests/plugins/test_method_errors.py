@@ -114,7 +114,8 @@ class Case:
         if isinstance(METHODS[self.name], StructuredMethod):
             making.start(sources, self.steps[:1], known)
         action = Action(self.steps)
-        return making.grow(sources, {action: self.steps}, self.statistics)[action]
+        made = making.grow(sources, {action: self.steps}, self.statistics)
+        return dict(made)[action]
 
     def holds(self) -> None:
         """The variants are what was declared, and no worse than nothing."""

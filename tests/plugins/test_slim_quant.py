@@ -213,7 +213,7 @@ def test_slim_is_a_mask_then_this_then_low_rank() -> None:
     source, known = tiny_source((16, 64)), tiny_statistics(64)
     parsed = {name: Action.parse(text) for name, text in texts.items()}
     tails = {action: action.steps for action in parsed.values()}
-    made = Making(actions).grow([source], tails, known)
+    made = dict(Making(actions).grow([source], tails, known))
     variants = {name: made[action][0] for name, action in parsed.items()}
     errors = {
         name: output_error(source.variant, variant, known)

@@ -57,9 +57,8 @@ def test_a_layer_that_is_too_small_is_refused_or_done(
 def small_variant(layer: Layer, action: Action) -> Variant:
     source = replace(tiny_source(layer.shape), layer=layer)
     statistics = tiny_statistics(layer.shape[1])
-    (variant,) = Making(ACTIONS).grow([source], {action: action.steps}, statistics)[
-        action
-    ]
+    made = Making(ACTIONS).grow([source], {action: action.steps}, statistics)
+    (variant,) = dict(made)[action]
     return variant
 
 
