@@ -30,7 +30,10 @@ def show() -> str:
     if not found:
         return "no cell was measured yet\n"
     rows = [
-        {"cell": name, **{key: row.get(key) for key in FIGURES if key in row}}
+        {
+            "cell": name,
+            **{key: row[key] for key in FIGURES if np.isscalar(row.get(key))},
+        }
         for name, row in found.items()
     ]
     table = pd.DataFrame(rows)
