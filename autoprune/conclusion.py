@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoprune.errors import RunError
+from autoprune.errors import BudgetError, RunError
 from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Policy
@@ -64,8 +64,15 @@ def conclude(
         )
     cost = plan.cost("choice")
     ranked: list[Finalist] = []
+    refused: list[BudgetError] = []
     for part in parts:
-        ranked += _ranked(part, plan, cost) if part.trials else []
+        try:
+            ranked += _ranked(part, plan, cost) if part.trials else []
+        except BudgetError as error:  # another part may have kept the limits
+            observer.note(f"{part.name or 'round 1'}: {error}")
+            refused.append(error)
+    if not ranked:
+        raise refused[0]
     ranked.sort(key=lambda finalist: cost(finalist.choice))
     elected, rival = elect(ranked, cost)
     two = [elected, *([rival] if rival and rival is not elected else [])]

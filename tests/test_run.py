@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from tiny_runs import config_of, save_tiny, space_of, write_text
 from transformers import PreTrainedTokenizerFast
 
+from autoprune.conclusion import Searched, conclude
 from autoprune.config import RunConfig
 from autoprune.errors import BudgetError, ConfigError, RunError
 from autoprune.plugins import load_plugins
@@ -21,6 +23,7 @@ from autoprune.reporting.observer import Observer
 from autoprune.reporting.status import RunStatus
 from autoprune.run import RANDOM_RIVAL, SearchResult, find_space, search
 from autoprune.run import write_text as write_whole
+from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
 from autoprune.searching.rivals import RANDOM, rival_kind
 from autoprune.searching.rows import Trial
@@ -667,6 +670,28 @@ def test_every_kind_of_rival_is_reported(
     assert search(config, parted, stop=after(12 + 5)).ended == "stopped"
     assert len(read_trials(parted / RANDOM_RIVAL)) == 5
     assert search(config, parted).finals == whole.finals
+
+
+def test_a_part_without_a_policy_that_keeps_the_limits_loses_nothing(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    """Perplexity is known from trials only; the random search keeps it in none."""
+    config = config_of(
+        tiny_checkpoint, text, search={"trials": 4, "sampler": "tpe", "finalists": 1}
+    )
+    whole = search(config, tmp_path / "run")
+    with Ledger.read(whole.run_dir) as ledger:
+        trials = ledger.trials()
+    over = [replace(one, constraints={"perplexity": 1.0}) for one in trials]
+    plan, listener = Plan.make(config, load_plugins()), Listener()
+    good, bad = Searched("", plan, trials), Searched(RANDOM_RIVAL, plan, over)
+    winner, finals = conclude([good, bad], listener)
+    assert winner.candidate.policy == whole.policy
+    assert finals["winner"] == whole.finals["winner"]
+    winner, _ = conclude([bad, good], listener)
+    assert winner.candidate.policy == whole.policy
+    with pytest.raises(BudgetError, match="none of 4 trials kept every limit"):
+        conclude([bad, bad], listener)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "bert"])
