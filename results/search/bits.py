@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, read_cells
+from cells import Cell, read_cells, tell
 from race import RUNGS
 from rivals import autoquantize_costs, autoscheme_costs
 from searched import ready
@@ -27,14 +27,14 @@ from autoprune.searching.finals import (
 )
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
-from autoprune.searching.rivals import UNIFORM
+from autoprune.searching.rivals import UNIFORM, solved_rivals
 from autoprune.searching.study import run_study
 
 BITS = ["gptq(bits=[2, 3, 4, 5, 6, 8], group=64)"]
 PRUNING = ["sparsegpt(sparsity=[0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9])"]
 JOINT = RunConfig.from_yaml(find_space("joint")).space[0].actions
 
-TRIALS = 16
+TRIALS = 8
 """Most trials of our strategy, beside the rivals that it starts from."""
 
 SCORES = {"autoquantize": autoquantize_costs, "autoscheme": autoscheme_costs}
@@ -70,8 +70,10 @@ def uniform(limit: float) -> dict[str, Any]:
 
 
 def gradient(actions: list[str], limit: float) -> dict[str, Any]:
-    """Search with the default strategy, from the best rival."""
+    """Search with the default strategy, from the best rival, as runs do."""
     plan, began = _open(actions, limit), time.process_time()
+    proposals = [*plan.proposals, *solved_rivals(plan, None, tell)]
+    prepared = time.process_time() - began
     with (
         tempfile.TemporaryDirectory() as folder,
         Ledger.open(Path(folder), plan.fingerprint) as ledger,
@@ -84,14 +86,15 @@ def gradient(actions: list[str], limit: float) -> dict[str, Any]:
             objective=plan.objective,
             seed=plan.config.search.seed,
             rungs=plan.rungs,
-            trials=len(plan.proposals) + TRIALS,
-            proposals=plan.proposals,
+            trials=len(proposals) + TRIALS,
+            proposals=proposals,
         )
         trials = ledger.trials()
     best = take_candidates(trials, plan.objective, count=1)[0]
     return {
         "strategy": plan.strategy.name,
         "ended": ended,
+        "rivals_cpu_s": prepared,
         "columns": ["origin", "state", "kl"],
         "trials": [[trial.origin, trial.state, trial.values[0]] for trial in trials],
         **_measured(plan, best, began),
