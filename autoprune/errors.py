@@ -9,6 +9,7 @@ AutoPruneError
 ├── PolicyError          a policy that does not fit its model
 ├── MethodError          a compression method cannot do what it was asked
 ├── StoreError           variants on disk
+├── ProfileError         a latency profile, or a time that nothing tells
 ├── RunError             a run folder: its ledger, its lock, its fingerprint
 └── ExportError          writing, reloading or verifying an export
 
@@ -53,6 +54,10 @@ class MethodError(AutoPruneError):
 
 class StoreError(AutoPruneError):
     """Variants on disk."""
+
+
+class ProfileError(AutoPruneError):
+    """A latency profile, or a time that nothing tells."""
 
 
 class RunError(AutoPruneError):

@@ -25,6 +25,7 @@ FLOORS = {
     "plugins": 0,
     "models": 1,
     "compression": 2,
+    "latency": 2,
     "exporting": 3,
     "evaluation": 4,
     "searching": 5,
@@ -32,10 +33,13 @@ FLOORS = {
     "conclusion": 7,
     "run": 8,
     "deliver": 8,
+    "advising": 9,
     "solving": 9,
     "transfer": 9,
     "commands": 9,
+    "latency_commands": 9,
     "cli": 10,
+    "__main__": 11,
     "testing": 11,  # for plugin authors: it may use every room, and none uses it
     "__init__": 11,  # the public names; looked up from inside, it would hide a climb
 }
@@ -53,13 +57,13 @@ HOMES = {
     "platformdirs": {"models"},
     "plotly": {"reporting"},
     "pluggy": {"plugins", "hookspecs"},
-    "pyarrow": {"reporting", "searching"},
+    "pyarrow": {"latency", "reporting", "searching"},
     "pydantic": {"config", "limits"},
     "ray": {"searching"},
     "rich": {"cli", "commands", "reporting"},
     "scipy": {"searching"},
-    "transformers": {"models", "exporting", "testing"},
-    "typer": {"cli", "options"},
+    "transformers": {"models", "exporting", "latency", "testing"},
+    "typer": {"cli", "latency_commands", "options"},
 }
 """Rooms in which a dependency may be imported; one that is not named may everywhere."""
 
