@@ -92,6 +92,24 @@ class ObjectiveConfig(_Part):
 Rival = Literal["allocation", "quantization", "pruning", "random"]
 
 
+class LatencyConfig(_Part):
+    """Of what time is predicted, beside what the model keeps.
+
+    Each workload becomes a metric, ``latency_decode_ms``, that may be limited, improved
+    or weighed like any other.
+
+    Attributes:
+        device: ``auto`` for the machine's own GPU, or else its processor; ``cpu``; a
+            GPU such as ``h100``; the folder of a profile, or the name of one.
+        workloads: Names of workloads that ship, or workloads by their own name.
+    """
+
+    device: str = "auto"
+    workloads: list[str | dict[str, dict[str, int | str]]] = Field(
+        ["decode", "serve", "prefill"], min_length=1
+    )
+
+
 class SearchConfig(_Part):
     """How the space is explored, and for how long.
 
@@ -168,6 +186,7 @@ class RunConfig(_Part):
         bank: Whose compressed model gives the inputs that variants are made on:
             ``dense``, or ``uniform`` for the uniform policy nearest to the budget.
         objective: What is wanted.
+        latency: The device and the workloads whose time counts; none by default.
         search: How and how long.
         export: The export target, which decides what size means.
         plugins: Modules to load beside the installed plugins.
@@ -181,6 +200,7 @@ class RunConfig(_Part):
     prefilter: bool = False
     bank: Literal["dense", "uniform"] = "uniform"
     objective: ObjectiveConfig = ObjectiveConfig()
+    latency: LatencyConfig | None = None
     search: SearchConfig
     export: str = "packed"
     plugins: list[str] = []
@@ -266,6 +286,7 @@ _PARTS: dict[str, type[BaseModel]] = {
     "space": Rule,
     "objective": ObjectiveConfig,
     "budgets": Limit,
+    "latency": LatencyConfig,
     "search": SearchConfig,
 }
 """What stands below the keys that hold more keys."""

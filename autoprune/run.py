@@ -265,7 +265,7 @@ def find_space(name: str | Path) -> Path:
 def _tell(plan: Plan, observer: Observer) -> None:
     """Say what the space is, and what was left out of it."""
     space = plan.problem.space
-    for note in plan.bench.inventory.notes:
+    for note in plan.notes:
         observer.note(note)
     for site, action, reason in space.refused:
         observer.note(f"{site} cannot take {action}: {reason}")

@@ -90,7 +90,7 @@ class LmEvalAccuracy(Metric):
 
     def __init__(self, task: str) -> None:
         self.task = task
-        self.name = f"lm_eval.{task.lower()}"  # type: ignore[misc]
+        self.name = f"lm_eval.{task.lower()}"
 
     def measure(self, evidence: Evidence) -> float:
         """Let lm-eval ask.

@@ -96,10 +96,10 @@ class Metric(ABC):
         help: What it is, with its unit, in one line.
     """
 
-    name: ClassVar[str]
-    direction: ClassVar[Direction]
+    name: str
+    direction: Direction
     needs_model: ClassVar[bool] = False
-    help: ClassVar[str]
+    help: str
 
     @abstractmethod
     def measure(self, evidence: Evidence) -> float:

@@ -176,13 +176,13 @@ def finals_table(finals: Mapping[str, Any]) -> Table:
     dense = finals["dense_sizes"]
     table = _table("On text that the search never saw")
     table.add_column("policy", ratio=1)
-    for heading in ("perplexity", "KL", *dense):
-        table.add_column(heading, justify="right")
     winner = finals["winner"]
+    timed = [f"{name} time" for name in winner.get("latency", {})]
+    for heading in ("perplexity", "KL", *dense, *timed):
+        table.add_column(heading, justify="right")
     rivals = [row for row in finals["rivals"] if row["trial"] != winner["trial"]]
-    table.add_row(
-        "dense", *_finals_row({"report": finals["dense"], "sizes": dense}, {})
-    )
+    plain = _finals_row({"report": finals["dense"], "sizes": dense}, {})
+    table.add_row("dense", *plain, *("" for _ in timed))
     for row in rivals:
         table.add_row(f"rival, {_whose(row)}", *_finals_row(row, dense))
     cells = _finals_row(winner, dense)
@@ -197,7 +197,16 @@ def _finals_row(row: Mapping[str, Any], dense: Mapping[str, int]) -> list[str]:
         value("size_bytes", size) + (f"\n{dense[name] / size:.2f}x" if dense else "")
         for name, size in row["sizes"].items()
     ]
-    return [value("perplexity", report["perplexity"]), kl, *sizes]
+    times = [_time(forecast) for forecast in row.get("latency", {}).values()]
+    return [value("perplexity", report["perplexity"]), kl, *sizes, *times]
+
+
+def _time(forecast: Mapping[str, Any]) -> str:
+    """Write a predicted time, and how many times as fast as dense that surely is."""
+    ratio, low, high = forecast["over_dense"]
+    gain = f"{1 / ratio:.2f}x" if ratio else "none left"
+    sure = f"\n{1 / high:.2f}-{1 / low:.2f}" if 0 < low < high else ""
+    return f"{forecast['ms']:.4g} ms\n{gain}{sure}"
 
 
 def _whose(row: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from autoprune.compression.bank import VariantBank
 from autoprune.errors import BudgetError
 from autoprune.evaluation.metric import Measured
 from autoprune.evaluation.provenance import Mix
+from autoprune.evaluation.timed import forecasts
 from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Policy
 from autoprune.searching.mixing import mixes
@@ -239,4 +240,5 @@ def report(bench: Workbench, finalist: Finalist) -> dict[str, Any]:
         "choice": finalist.choice.metrics,
         "report": measured.metrics,
         "kl_standard_error": measured.quality.kl_error(),
+        "latency": forecasts(bench, candidate.policy),
     }

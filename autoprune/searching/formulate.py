@@ -16,14 +16,23 @@ from autoprune.errors import (
     unknown_name,
 )
 from autoprune.evaluation.metric import Evidence, Metric
+from autoprune.evaluation.reward import Reward
+from autoprune.evaluation.timed import latencies
 from autoprune.evaluation.workbench import Workbench
 from autoprune.limits import Limit
+from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
 from autoprune.searching.budget import Budget, Prices
 from autoprune.searching.objective import Direction, Objective
 from autoprune.searching.objective import Limit as Bound
 from autoprune.searching.problem import Problem
 from autoprune.searching.space import SearchSpace, build_space
+
+DEFAULT_REWARD = "logs"
+"""Decides where no metric and no budget is named, and picks from a Pareto front."""
+
+LATENCY_WEIGHT = 0.2
+"""Weight of the time of all workloads together in a reward: as much as size has."""
 
 SIZE = "size_bytes"
 """The budget that is filled up; its prices are always known."""
@@ -180,6 +189,26 @@ def make_objective(bench: Workbench, wanted: ObjectiveConfig) -> Objective:
         direction = bench.metric(name).direction
         limits.append(Bound(name, limit.absolute(dense), direction))
     return Objective(goals_of(bench.metrics, wanted), tuple(limits))
+
+
+def read_reward(
+    wanted: ObjectiveConfig, plugins: Plugins, bench: Workbench
+) -> tuple[Reward, dict[str, float]]:
+    """Look up the reward and its weights; time that is predicted weighs by default.
+
+    Raises:
+        ConfigError: If a weight names no metric that can be a term.
+    """
+    reward: Reward = plugins.get("rewards", wanted.reward or DEFAULT_REWARD)
+    weights = dict(wanted.weights or reward.default_weights)
+    if not wanted.weights:
+        timed = [metric.name for metric in latencies(bench)]
+        weights |= {name: LATENCY_WEIGHT / len(timed) for name in timed}
+    if wanted.reward:
+        # Scoring the dense model tells of a wrong weight before any trial.
+        dense = bench.dense_metrics("fitness")
+        reward.score(dense, dense, weights)
+    return reward, weights
 
 
 def goals_of(

@@ -15,16 +15,19 @@ from autoprune.config import RunConfig
 from autoprune.errors import ConfigError
 from autoprune.evaluation.metric import Measured
 from autoprune.evaluation.reward import Reward
+from autoprune.evaluation.timed import latencies, notes_on, timed_by, with_latency
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
 from autoprune.searching.formulate import (
+    DEFAULT_REWARD,
     SIZE,
     formulate,
     front_goals,
     make_objective,
     priced,
     read_actions,
+    read_reward,
     refusal,
 )
 from autoprune.searching.objective import Direction, Objective
@@ -36,9 +39,6 @@ from autoprune.searching.rungs import rungs_of
 from autoprune.searching.sensitivity import Sensitivities
 from autoprune.searching.strategies import DEFAULTS, SamplerFactory, strategy_of
 from autoprune.searching.trial import LocalEvaluator
-
-DEFAULT_REWARD = "logs"
-"""Decides where no metric and no budget is named, and picks from a Pareto front."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +82,9 @@ class Plan:
         """
         # What can be refused without a model is refused before one is loaded.
         plugins.get("samplers", config.search.sampler or DEFAULTS[0])
+        plugins.get("rewards", config.objective.reward or DEFAULT_REWARD)
         for rule in config.space:
             read_actions(Actions(plugins.methods), rule)
-        reward = _reward(config, plugins)
         names = dict.fromkeys(config.search.proposals)
         formulas: list[Proposer] = [plugins.get("formulas", name) for name in names]
         bench = Workbench.open(
@@ -97,7 +97,9 @@ class Plan:
             fuse=config.fuse,
             cache=cache,
         )
-        _check_reward(config, bench, reward)
+        if config.latency:
+            bench = with_latency(bench, config.latency)
+        reward = read_reward(config.objective, plugins, bench)
         problem = formulate(bench, config.space, config.objective.budgets)
         found = plugins.notify("propose_policies", problem=problem, bench=bench)
         proposals = tuple(proposal for several in found for proposal in several)
@@ -137,6 +139,13 @@ class Plan:
         """The strategy asked for, or the default for such an objective."""
         wanted = self.config.search.sampler
         return strategy_of(wanted, self.plugins, self.objective, self.problem)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before the search."""
+        timed = latencies(self.bench)[:1]
+        told = [note for metric in timed for note in notes_on(metric.device)]
+        return [*self.bench.inventory.notes, *told]
 
     def around(self, incumbent: Policy) -> "Plan":
         """Make the plan of a further round.
@@ -244,6 +253,7 @@ class Plan:
             "seed": config.search.seed,
             **config.search.asked,
             "export": config.export,
+            **timed_by(bench),
             "compute_dtype": str(bench.compute_dtype).removeprefix("torch."),
             "methods": {name: m.version for name, m in _used(self).items()},
         }
@@ -261,20 +271,6 @@ def _prefiltered(
 def _used(plan: Plan) -> Mapping[str, Any]:
     names = {step.method for _, action in plan.pairs for step in action.steps}
     return {name: plan.plugins.methods[name] for name in sorted(names)}
-
-
-def _reward(config: RunConfig, plugins: Plugins) -> tuple[Reward, dict[str, float]]:
-    reward: Reward = plugins.get("rewards", config.objective.reward or DEFAULT_REWARD)
-    return reward, dict(config.objective.weights or reward.default_weights)
-
-
-def _check_reward(
-    config: RunConfig, bench: Workbench, reward: tuple[Reward, dict[str, float]]
-) -> None:
-    """Have a reward score the dense model: a wrong weight is told before any trial."""
-    if config.objective.reward:
-        dense = bench.dense_metrics("fitness")
-        reward[0].score(dense, dense, reward[1])
 
 
 def _reference(

@@ -1,0 +1,98 @@
+"""A workbench that also tells time: the metrics of a device's workloads."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from autoprune.compression.storage import Storage
+from autoprune.config import LatencyConfig
+from autoprune.evaluation.latency import Anatomy, LatencyMs, latency_metrics
+from autoprune.evaluation.workbench import Workbench
+from autoprune.latency.device import Device, open_device
+from autoprune.latency.workload import Workload, find_workload
+from autoprune.models.task import output_layer
+from autoprune.policy import Layer, Policy
+
+
+def with_latency(bench: Workbench, wanted: LatencyConfig) -> Workbench:
+    """Give the workbench with a metric for each workload.
+
+    Raises:
+        ConfigError: If a workload is unknown or impossible.
+        ProfileError: If nothing is known of the device.
+    """
+    workloads = [one for entry in wanted.workloads for one in read_workloads(entry)]
+    device, model = open_device(wanted.device), bench.stitched.model
+    vocabulary = output_layer(model).weight.shape[0]
+    anatomy = Anatomy.of(model.config, bench.inventory, vocabulary=vocabulary)
+    added = latency_metrics(device, workloads, anatomy)
+    return replace(bench, metrics={**bench.metrics, **added})
+
+
+def read_workloads(entry: str | Mapping[str, Any]) -> list[Workload]:
+    """Read workloads: the name of one that ships, or some by their own names.
+
+    Raises:
+        ConfigError: If one is unknown or impossible.
+    """
+    if isinstance(entry, str):
+        return [find_workload(entry)]
+    return [Workload.from_dict(name, data) for name, data in entry.items()]
+
+
+def latencies(bench: Workbench) -> list[LatencyMs]:
+    """List the metrics of time; none where no device was named."""
+    return [one for one in bench.metrics.values() if isinstance(one, LatencyMs)]
+
+
+def timed_by(bench: Workbench) -> dict[str, Any]:
+    """Tell what times depend on, for the fingerprint of a run; nothing without any."""
+    found = latencies(bench)
+    if not found:
+        return {}
+    workloads = {one.name: str(one.workload) for one in found}
+    return {"latency": {"device": found[0].device.basis, "workloads": workloads}}
+
+
+def forecasts(bench: Workbench, policy: Policy) -> dict[str, dict[str, Any]]:
+    """Predict the time of a policy for every workload, beside the dense model's.
+
+    Returns:
+        For each workload: milliseconds with the interval that holds 80 of 100, what is
+        known how, the ratio to the dense model with its interval, and warnings.
+    """
+    dense = {layer: Storage.dense(layer) for layer in bench.layers}
+    storages = bench.storages(policy)
+    return {
+        one.workload.name: _forecast(one, storages, dense) for one in latencies(bench)
+    }
+
+
+def notes_on(device: Device) -> list[str]:
+    """Say what a user should know of a device before a search."""
+    notes = [f"time on {device.name}: from {device.basis}"]
+    if device.profile is None:
+        notes.append(
+            "this device was not measured. If you have one at hand, `autoprune profile "
+            "--probe` records it in a minute; name the folder as latency: {device: ...}"
+        )
+    return notes
+
+
+def _forecast(
+    metric: LatencyMs, storages: Mapping[Layer, Storage], dense: Mapping[Layer, Storage]
+) -> dict[str, Any]:
+    found, plain = metric.forecast(storages), metric.forecast(dense)
+    ratio = found.over(plain)
+    low, high = found.total.interval
+    return {
+        "ms": found.total.ms,
+        "interval_ms": [low, high],
+        "prefill_ms": found.prefill.ms,
+        "decode_ms_per_step": found.decode.ms,
+        "parts_ms": found.total.parts,
+        "known_by": found.total.shares,
+        "worst_tier": str(found.total.tier),
+        "over_dense": [ratio.value, ratio.low, ratio.high],
+        "warnings": list(found.total.warnings),
+    }
