@@ -5,16 +5,20 @@ from typing import Annotated
 
 import typer
 
+from autoprune import latency_commands, plugin_commands
 from autoprune.commands import (
     configure,
     new_folder,
     run_folder,
     search_until_stopped,
     text_config,
+    time_limits,
+    within_time,
 )
 from autoprune.options import (
     AsJson,
     Force,
+    Latency,
     Model,
     Modules,
     Run,
@@ -28,8 +32,6 @@ from autoprune.reporting.session import (
     observing,
     session,
     tell_exports,
-    tell_methods,
-    tell_plugins,
     tell_search,
     tell_solutions,
     write,
@@ -78,6 +80,10 @@ def search(
     budget: Annotated[str | None, typer.Option(help="Most time: 30min, 8h.")] = None,
     trials: Trials = None,
     size: Annotated[str | None, typer.Option(help="Most bytes: 40%, 55 MB.")] = None,
+    latency: Latency = None,
+    device: Annotated[
+        str | None, typer.Option(help="Whose time counts: h100, cpu, a profile.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="The strategy.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of all chance.")] = None,
     text: Text = None,
@@ -99,6 +105,7 @@ def search(
             objective__budgets__size_bytes=size,
             search__sampler=sampler,
             search__seed=seed,
+            **within_time(latency or (), device),
         )
         result = search_until_stopped(config, new_folder(run, space), console)
         tell_search(result, as_json=as_json)
@@ -212,6 +219,7 @@ def solve(
     run: Run,
     *,
     size: Annotated[str | None, typer.Option(help="Most bytes: 40%, 55 MB.")] = None,
+    latency: Latency = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(metavar="METRIC=LIMIT", help="Of an additive metric; repeatable."),
@@ -224,8 +232,10 @@ def solve(
     verbose: Verbose = False,
 ) -> None:
     """Solve a run for another budget, in seconds, without measuring anything."""
-    if front is None and not (size or budget):
-        raise typer.BadParameter("give --size, --budget METRIC=LIMIT or --front COUNT")
+    if front is None and not (size or budget or latency):
+        raise typer.BadParameter(
+            "give --size, --latency, --budget METRIC=LIMIT or --front COUNT"
+        )
     with session(verbose=verbose):
         from autoprune import solving
 
@@ -233,40 +243,9 @@ def solve(
             tell_solutions(solving.front(run_folder(run), count=front), as_json=as_json)
             return
         limits = [f"size_bytes={size}"] if size else []
+        limits += [f"{metric}={limit}" for metric, limit in time_limits(latency or ())]
         found = solving.solve(run_folder(run), [*limits, *(budget or [])], out=out)
         tell_solutions([found], as_json=as_json)
-
-
-@app.command()
-def methods(
-    name: Annotated[str | None, typer.Argument(help="Tell all about this one.")] = None,
-    *,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Write the table for the README.")
-    ] = False,
-    plugin: Modules = None,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
-    """List the methods: what they do, where, and what it costs; or tell of one."""
-    if markdown and (as_json or name):
-        raise typer.BadParameter("--markdown stands alone: leave NAME and --json out")
-    with session(verbose=verbose):
-        from autoprune.plugins import load_plugins
-
-        known = load_plugins(plugin or []).methods
-        tell_methods(known, name, markdown=markdown, as_json=as_json)
-
-
-@app.command()
-def plugins(
-    *, plugin: Modules = None, as_json: AsJson = False, verbose: Verbose = False
-) -> None:
-    """List the plugins and what each registers."""
-    with session(verbose=verbose):
-        from autoprune.plugins import load_plugins
-
-        tell_plugins(load_plugins(plugin or []).records, as_json=as_json)
 
 
 @app.command()
@@ -294,3 +273,7 @@ def demo(
                     folder, target=target, force=True, observer=observer
                 )
         tell_search(result, as_json=as_json, exports=reports)
+
+
+plugin_commands.register(app)
+latency_commands.register(app)

@@ -26,6 +26,34 @@ def configure(
     return config.model_copy(update=both)
 
 
+def time_limits(latency: Sequence[str]) -> list[tuple[str, str]]:
+    """Read limits on time, ``decode=60%``, as limits on the metrics of workloads.
+
+    Raises:
+        ConfigError: If one has no limit.
+    """
+    from autoprune.errors import ConfigError
+    from autoprune.evaluation.latency import latency_metric_name
+
+    found = []
+    for text in latency:
+        workload, equals, limit = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise ConfigError(f"a limit on time is WORKLOAD=LIMIT, found {text!r}")
+        found.append((latency_metric_name(workload), limit))
+    return found
+
+
+def within_time(latency: Sequence[str], device: str | None) -> dict[str, Any]:
+    """Give the changes of a configuration that limit time on a device."""
+    changes: dict[str, Any] = {
+        f"objective__budgets__{metric}": limit for metric, limit in time_limits(latency)
+    }
+    if latency:
+        changes["latency__workloads"] = [text.partition("=")[0] for text in latency]
+    return changes | {"latency__device": device}
+
+
 def search_until_stopped(config: Any, folder: Path, console: Console) -> Any:
     """Search until the end, or until the first Ctrl-C."""
     from autoprune import run

@@ -10,6 +10,10 @@ RunDir = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
 Model = Annotated[str | None, typer.Option(help="Folder, hub id, GGUF file, or demo.")]
 Text = Annotated[str | None, typer.Option(help="builtin, file:PATH or hub:OWNER/NAME.")]
 Trials = Annotated[int | None, typer.Option(min=1, help="Most trials.")]
+Latency = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WORKLOAD=LIMIT", help="Most time: decode=60%; repeatable."),
+]
 Target = Annotated[str | None, typer.Option(help="packed or transformers.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an export.")]
 Modules = Annotated[

@@ -1,0 +1,5 @@
+"""Runs the command line by ``python -m autoprune``, installed or not."""
+
+from autoprune.cli import main
+
+main()
