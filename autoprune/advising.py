@@ -108,8 +108,8 @@ def advise(
         ProfileError: If nothing is known of the device, or of a workload's type on it.
         ConfigError: If a workload is unknown.
     """
-    asked = [one for name in workloads for one in read_workloads(name)]
     opened = open_device(device)
+    asked = read_workloads(workloads, opened)
     anatomy = anatomy_of(model)
     shape = _narrowed(anatomy, 1.0)
     others = {

@@ -1,7 +1,7 @@
 """The commands: a thin layer over what Python callers use. Heavy imports are late."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -129,6 +129,14 @@ def evaluate(
     policy: Annotated[Path | None, typer.Option(help="Put this policy on it.")] = None,
     text: Text = None,
     target: Target = None,
+    measure_latency: Annotated[
+        bool,
+        typer.Option("--measure-latency", help="Also run an export against the clock."),
+    ] = False,
+    device: Annotated[str, typer.Option(help="Whose profile predicts.")] = "auto",
+    workload: Annotated[
+        list[str] | None, typer.Option(help="decode, serve, prefill; repeatable.")
+    ] = None,
     plugin: Modules = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -147,7 +155,19 @@ def evaluate(
                 plugins=plugin or [],
                 observer=observer,
             )
-        write(found, tables.metrics_table(found, title=model), as_json=as_json)
+        parts: list[Any] = [tables.metrics_table(found, title=model)]
+        data: dict[str, Any] = dict(found)
+        if measure_latency:
+            from autoprune import proving
+            from autoprune.reporting.advice import proven_parts
+
+            asked, modules = workload or ["decode"], plugin or []
+            proven = proving.prove(
+                model, device=device, workloads=asked, plugins=modules
+            )
+            parts += proven_parts(proven)
+            data["latency"] = proven.to_dict()
+        write(data, *parts, as_json=as_json)
 
 
 @app.command()

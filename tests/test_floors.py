@@ -36,13 +36,14 @@ FLOORS = {
     "advising": 9,
     "solving": 9,
     "transfer": 9,
+    "proving": 10,
     "commands": 9,
-    "latency_commands": 10,
-    "plugin_commands": 10,
-    "cli": 11,
-    "__main__": 12,
-    "testing": 12,  # for plugin authors: it may use every room, and none uses it
-    "__init__": 12,  # the public names; looked up from inside, it would hide a climb
+    "latency_commands": 11,
+    "plugin_commands": 11,
+    "cli": 12,
+    "__main__": 13,
+    "testing": 13,  # for plugin authors: it may use every room, and none uses it
+    "__init__": 13,  # the public names; looked up from inside, it would hide a climb
 }
 """Floor of every room. Rooms of one floor do not import each other, but floor 0."""
 

@@ -1,6 +1,6 @@
 """A workbench that also tells time: the metrics of a device's workloads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,23 +21,33 @@ def with_latency(bench: Workbench, wanted: LatencyConfig) -> Workbench:
         ConfigError: If a workload is unknown or impossible.
         ProfileError: If nothing is known of the device.
     """
-    workloads = [one for entry in wanted.workloads for one in read_workloads(entry)]
     device, model = open_device(wanted.device), bench.stitched.model
+    workloads = read_workloads(wanted.workloads, device)
     vocabulary = output_layer(model).weight.shape[0]
     anatomy = Anatomy.of(model.config, bench.inventory, vocabulary=vocabulary)
     added = latency_metrics(device, workloads, anatomy)
     return replace(bench, metrics={**bench.metrics, **added})
 
 
-def read_workloads(entry: str | Mapping[str, Any]) -> list[Workload]:
-    """Read workloads: the name of one that ships, or some by their own names.
+def read_workloads(
+    entries: Sequence[str | Mapping[str, Any]], device: Device
+) -> list[Workload]:
+    """Read workloads, in the type that is usual on a device unless they name one.
+
+    Args:
+        entries: Names of workloads that ship, or some by their own names.
+        device: Where they run.
 
     Raises:
         ConfigError: If one is unknown or impossible.
     """
-    if isinstance(entry, str):
-        return [find_workload(entry)]
-    return [Workload.from_dict(name, data) for name, data in entry.items()]
+    found = []
+    for entry in entries:
+        if isinstance(entry, str):
+            found.append(find_workload(entry))
+        else:
+            found += [Workload.from_dict(name, data) for name, data in entry.items()]
+    return [workload.on(device.kind) for workload in found]
 
 
 def latencies(bench: Workbench) -> list[LatencyMs]:

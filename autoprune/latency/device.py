@@ -31,12 +31,14 @@ class Device:
         name: As its driver or its data sheet calls it.
         predictor: Predicts times on it.
         basis: What the times come from, in one line for people.
+        kind: ``cuda`` or ``cpu``.
         profile: Name of the profile of this very device; None without.
     """
 
     name: str
     predictor: Predictor
     basis: str
+    kind: str = "cuda"
     profile: str | None = None
 
 
@@ -83,7 +85,7 @@ def _recorded(profile: Profile) -> Device:
         sources.append(Paper(find_datasheet(str(profile.device["name"]))))
     name = str(profile.device["name"])
     basis = f"{profile.name}, recorded {profile.created[:10]}"
-    return Device(name, Predictor(Chain(sources)), basis, profile.name)
+    return Device(name, Predictor(Chain(sources)), basis, profile.kind, profile.name)
 
 
 def _measured(profile: Profile) -> Measured:

@@ -1,7 +1,7 @@
 """What a model is asked for: named workloads, of which time is predicted."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -11,7 +11,10 @@ import yaml
 from autoprune.errors import ConfigError, unknown_name
 
 EXECUTIONS = ("graph", "eager")
-DTYPES = ("bfloat16", "float16", "float32")
+AUTO = "auto"
+DTYPES = (AUTO, "bfloat16", "float16", "float32")
+USUAL = {"cuda": "bfloat16", "cpu": "float32"}
+"""The type that a kind of device computes in where nothing else is said."""
 
 CONTEXTS = 3
 """Points of the decode at which attention is timed, the middle of each third."""
@@ -27,7 +30,8 @@ class Workload:
         prompt: Tokens of each prompt.
         output: Tokens generated for each, the first by the prefill itself.
         execution: ``graph`` for a captured graph, ``eager`` for a launch an operation.
-        dtype: Type of activations and of what is not compressed.
+        dtype: Type of activations and of what is not compressed; ``auto`` for what is
+            usual on the device.
     """
 
     name: str
@@ -35,7 +39,7 @@ class Workload:
     prompt: int
     output: int
     execution: str = "graph"
-    dtype: str = "bfloat16"
+    dtype: str = AUTO
 
     def __post_init__(self) -> None:
         for name in ("batch", "prompt", "output"):
@@ -70,6 +74,10 @@ class Workload:
         if missing := [k for k in ("batch", "prompt", "output") if k not in data]:
             raise ConfigError(f"workload {name!r}: {missing[0]} is missing")
         return cls(name, **data)
+
+    def on(self, kind: str) -> "Workload":
+        """Give it with the usual type of ``cuda`` or ``cpu``, unless it has one."""
+        return replace(self, dtype=USUAL[kind]) if self.dtype == AUTO else self
 
     @property
     def decode_contexts(self) -> tuple[int, ...]:

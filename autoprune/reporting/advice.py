@@ -1,4 +1,4 @@
-"""Advice for people: which formats pay on a device, layer by layer."""
+"""Time for people: which formats pay on a device, and what an export really takes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -73,3 +73,28 @@ def _factor(gain: Any) -> str:
         return "-"
     mark = "?" if gain.verdict == "cannot be told" else ""
     return f"{1 / gain.ratio:.2f}x{mark}" if gain.ratio else "none left"
+
+
+def proven_parts(proven: Any) -> list[str | Table]:
+    """Tell what running an export told: predicted beside measured.
+
+    Args:
+        proven: A ``Proven``.
+    """
+    title = f"On {proven.device}, by the clock"
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("pass")
+    for heading in ("predicted", "measured", "off by", "over dense", "predicted"):
+        table.add_column(heading, justify="right")
+    for one in proven.proofs:
+        low, high = one.interval_ms
+        table.add_row(
+            f"{one.workload}, {one.phase}" + (" (noisy)" if one.noisy else ""),
+            f"{one.predicted_ms:.4g} ms\n{low:.4g} to {high:.4g}",
+            f"{one.measured_ms:.4g} ms",
+            f"{one.error:+.0%}",
+            f"{one.ratio:.2f}",
+            f"{one.predicted_ratio:.2f}",
+        )
+    kernels = [f"{count} layers on {name}" for name, count in proven.kernels.items()]
+    return [table, ", ".join(kernels) or "all layers on dense kernels", *proven.notes]

@@ -1,12 +1,13 @@
 """Tables for people: trials, finals, exports, plugins; 80 columns will do."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from autoprune.reporting.status import RunStatus
+if TYPE_CHECKING:
+    from autoprune.reporting.status import RunStatus
 
 FIGURES = ("kl", "perplexity", "size_bytes", "compression_ratio")
 """Metrics that a table of trials shows besides the goals, while they fit."""
@@ -57,7 +58,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def status_parts(status: RunStatus) -> list[str | Table]:
+def status_parts(status: "RunStatus") -> list[str | Table]:
     """Tell how a run stands, in lines and tables."""
     of = f" of {status.wanted}" if status.wanted else ""
     ends = ", ".join(f"{count} {state}" for state, count in status.states().items())

@@ -49,7 +49,7 @@ def metric(
     found: Anatomy, device: str = "h100", workload: str | Workload = "prefill"
 ) -> LatencyMs:
     work = find_workload(workload) if isinstance(workload, str) else workload
-    return LatencyMs(open_device(device), work, found)
+    return LatencyMs(open_device(device), work.on("cuda"), found)
 
 
 def policy(

@@ -18,7 +18,7 @@ from autoprune.latency.shape import Linear, ModelShape, llama_shape
 from autoprune.latency.sources import Line, Measured
 from autoprune.latency.workload import Workload, shipped_workloads
 
-WORKLOADS = shipped_workloads()
+WORKLOADS = {name: work.on("cuda") for name, work in shipped_workloads().items()}
 H100 = DATASHEETS["h100"]
 
 
