@@ -6,7 +6,7 @@ from typing import Any
 
 from autoprune.compression.storage import Storage
 from autoprune.compression.structured import kept_units
-from autoprune.evaluation.latency import Anatomy
+from autoprune.evaluation.anatomy import Anatomy
 from autoprune.evaluation.timed import notes_on, read_workloads
 from autoprune.latency.device import Device, open_device
 from autoprune.latency.estimate import Estimate, Ratio, Term, compare

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autoprune.compression.actions import Actions
 from autoprune.compression.storage import Storage
-from autoprune.evaluation.latency import Anatomy, linears_of
+from autoprune.evaluation.anatomy import Anatomy, linears_of
 from autoprune.evaluation.timed import notes_on, read_workloads
 from autoprune.exporting.folder import POLICY_FILE, load
 from autoprune.exporting.marker import read_marker

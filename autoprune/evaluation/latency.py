@@ -6,33 +6,30 @@ the whole model, with its interval, stands beside it in reports.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
-from autoprune.compression.formats import INTEGERS
 from autoprune.compression.storage import Storage
+from autoprune.evaluation.anatomy import (
+    SIDE,
+    Anatomy,
+    channels_left,
+    closes,
+    linears_of,
+)
 from autoprune.evaluation.metric import Evidence, Metric, Scene
 from autoprune.latency.device import Device
 from autoprune.latency.estimate import Estimate, Term, credited
 from autoprune.latency.predict import Forecast
 from autoprune.latency.shape import (
-    DENSE,
-    SPARSE,
-    Attention,
-    Block,
-    Linear,
-    ModelShape,
+    of_attention,
+    of_mlp,
 )
 from autoprune.latency.workload import Workload
-from autoprune.models.layers import Inventory
 from autoprune.policy import Layer
 
 PREFIX = "latency"
 """How the names of these metrics begin; ``latency_decode_ms``."""
-
-_SIDE = 0.5
-"""Share of a block's other work that belongs to its attention; the rest to its MLP."""
 
 
 def latency_metric_name(workload: str) -> str:
@@ -43,125 +40,6 @@ def latency_metric_name(workload: str) -> str:
         'latency_decode_ms'
     """
     return f"{PREFIX}_{workload.replace('-', '_')}_ms"
-
-
-def format_of(storage: Storage) -> str:
-    """Say what a weight can be multiplied as: what a kernel would see of its storage.
-
-    Zeros count only where any four weights in a row have two of them at most, in the
-    layer's own order of columns; scales count only where a kernel knows their place.
-    """
-    form = DENSE
-    if storage.bits is not None:
-        whole = storage.code == INTEGERS and not storage.channel_scales
-        if storage.code.startswith("fp8_e4m3") and storage.group is None:
-            form = "fp8-tensor" if storage.code.endswith("tensor") else "fp8-row"
-        elif storage.bits == 8 and storage.code == INTEGERS and storage.symmetric:
-            form = "int8" if storage.group is None else f"int8-g{storage.group}"
-        elif whole:
-            rows = f"-g{storage.group}" if storage.group else ""
-            form = f"int{storage.bits}{rows}"
-        else:
-            form = storage.code
-    if not _is_two_of_four(storage):
-        return form
-    return SPARSE if form == DENSE else f"{SPARSE}+{form}"
-
-
-def linears_of(layer: Layer, storage: Storage) -> tuple[Linear, ...]:
-    """Say which products a layer is made of: none where nothing is left of it."""
-    n, k = layer.shape
-    if storage.units is not None and layer.cut is not None:
-        left = storage.units * layer.cut.unit
-        n, k = (left, k) if layer.cut.axis == "rows" else (n, left)
-    if storage.hidden is not None and layer.hidden is not None:
-        rows = layer.hidden.axis == "rows"
-        n, k = (storage.hidden, k) if rows else (n, storage.hidden)
-    found = []
-    if storage.kept:
-        found.append(Linear(layer.name, n, k, format_of(storage), layer.uses))
-    if rank := storage.low_rank:
-        inner = Linear(f"{layer.name}.low_rank_b", rank, k, DENSE, layer.uses)
-        outer = Linear(f"{layer.name}.low_rank_a", n, rank, DENSE, layer.uses)
-        found += [inner, outer]
-    return tuple(found)
-
-
-@dataclass(frozen=True, eq=False)
-class Anatomy:
-    """What time depends on beside the layers.
-
-    Attributes:
-        inventory: The layers.
-        hidden: Width of the hidden state.
-        attention: Of a dense block; None where the configuration does not tell.
-        head: The output layer where it is none of the layers; None else.
-    """
-
-    inventory: Inventory
-    hidden: int
-    attention: Attention | None
-    head: Linear | None
-
-    @classmethod
-    def of(cls, config: Any, inventory: Inventory, *, vocabulary: int) -> "Anatomy":
-        """Read it off a model's configuration.
-
-        Args:
-            config: The model's configuration.
-            inventory: Its layers.
-            vocabulary: Rows of the output layer.
-        """
-        text = config.get_text_config()
-        hidden = int(text.hidden_size)
-        heads = getattr(text, "num_attention_heads", None)
-        attention = None
-        if heads:
-            kv_heads = getattr(text, "num_key_value_heads", None) or heads
-            dim = getattr(text, "head_dim", None) or hidden // heads
-            attention = Attention(heads, kv_heads, dim)
-        looked_up = inventory.tied and any(la.input is None for la in inventory.layers)
-        head = None if looked_up else Linear("head", vocabulary, hidden)
-        return cls(inventory, hidden, attention, head)
-
-    def shape(self, storages: Mapping[Layer, Storage]) -> ModelShape:
-        """Give the shape of the model under a policy."""
-        blocks: list[list[Layer]] = [[] for _ in self.inventory.blocks]
-        head = self.head
-        for layer, storage in storages.items():
-            if layer.block is not None:
-                blocks[layer.block].append(layer)
-            elif layer.input is None and head is None:  # the embedding is the head
-                head = replace(self._as_head(layer, storage), name="head")
-        made = (self._block(layers, storages) for layers in blocks)
-        return ModelShape(tuple(made), head, self.hidden)
-
-    def _as_head(self, layer: Layer, storage: Storage) -> Linear:
-        return next(iter(linears_of(layer, storage)), Linear("head", *layer.shape))
-
-    def _block(
-        self, layers: Sequence[Layer], storages: Mapping[Layer, Storage]
-    ) -> Block:
-        attention, gone = self.attention, set[str]()
-        for layer in layers:
-            storage = storages[layer]
-            if _closes(layer, "heads"):
-                attention = self.attention_left(layer, storage)
-            if layer.cut is not None and layer.cut.axis == "columns":
-                gone |= set() if storage.kept else {layer.cut.kind}
-        linears = (one for la in layers for one in linears_of(la, storages[la]))
-        return Block(tuple(linears), attention, 1.0 - _SIDE * len(gone))
-
-    def attention_left(self, layer: Layer, storage: Storage) -> Attention | None:
-        """Say what is left of an attention, from the layer that takes its heads."""
-        if self.attention is None or not storage.kept:
-            return None
-        if storage.units is None or layer.cut is None:
-            return self.attention
-        share = storage.units / layer.cut.units
-        whole = self.attention
-        heads, kv_heads = round(whole.heads * share), round(whole.kv_heads * share)
-        return replace(whole, heads=heads, kv_heads=max(kv_heads, 1))
 
 
 class LatencyMs(Metric):
@@ -237,17 +115,25 @@ class LatencyMs(Metric):
         self, layer: Layer, storage: Storage, new: int, context: int
     ) -> Iterator[Term]:
         """Give what goes with a layer: the attention, and half of a block's rest."""
-        work = self.workload
-        if _closes(layer, "heads"):
+        work, predictor = self.workload, self.device.predictor
+        hidden, tokens = self.anatomy.hidden, work.batch * new
+        numbers: tuple[tuple[str, int], ...] = ()
+        if closes(layer, "heads"):
             left = self.anatomy.attention_left(layer, storage)
             if left is not None:
-                yield self.device.predictor.attention(
-                    left, work.batch, new, context, work.dtype
-                )
-        ends = _closes(layer, "heads") or _closes(layer, "channels")
-        if ends and storage.kept:
-            rest = self.device.predictor.rest(self.anatomy.hidden, work.batch * new)
-            yield replace(rest, us=rest.us * _SIDE)
+                yield predictor.attention(left, work.batch, new, context, work.dtype)
+                numbers = of_attention(left, hidden)
+        elif closes(layer, "channels") and storage.kept:
+            numbers = of_mlp(channels_left(layer, storage), hidden)
+        else:
+            return
+        for what, width in numbers:
+            term = predictor.elementwise(what, width, tokens, work.dtype)
+            if term is not None:
+                yield term
+        if storage.kept:
+            rest = predictor.rest(hidden, tokens)
+            yield replace(rest, us=rest.us * SIDE)
 
 
 def latency_metrics(
@@ -265,17 +151,3 @@ def _steps(work: Workload) -> Iterator[tuple[float, int, int]]:
     for context in contexts:
         if work.output > 1:
             yield (work.output - 1) / len(contexts), 1, context
-
-
-def _closes(layer: Layer, kind: str) -> bool:
-    """Tell whether a layer takes what its structure makes: an ``o`` or a ``down``."""
-    cut = layer.cut
-    return cut is not None and cut.kind == kind and cut.axis == "columns"
-
-
-def _is_two_of_four(storage: Storage) -> bool:
-    """Tell whether a mask keeps at most two of any four weights in a row."""
-    if storage.mask is None or ":" not in storage.mask or storage.permuted:
-        return False
-    keep, of = (int(number) for number in storage.mask.split(":"))
-    return keep * 2 <= of and of in (2, 4)

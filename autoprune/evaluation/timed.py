@@ -6,7 +6,8 @@ from typing import Any
 
 from autoprune.compression.storage import Storage
 from autoprune.config import LatencyConfig
-from autoprune.evaluation.latency import Anatomy, LatencyMs, latency_metrics
+from autoprune.evaluation.anatomy import Anatomy
+from autoprune.evaluation.latency import LatencyMs, latency_metrics
 from autoprune.evaluation.workbench import Workbench
 from autoprune.latency.device import Device, open_device
 from autoprune.latency.workload import Workload, find_workload

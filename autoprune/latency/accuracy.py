@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoprune.latency.estimate import Estimate, compare
+from autoprune.latency.inside import inside_models, pass_of
 from autoprune.latency.kernels import KERNELS
 from autoprune.latency.predict import Predictor
 from autoprune.latency.profiles import HOLDOUT, VALIDATION, Point, Profile
-from autoprune.latency.rest import pass_of, rest_line
 from autoprune.latency.sources import Measured
 
 REGIMES = ((1, 16), (17, 256), (257, 1 << 30))
@@ -104,7 +104,7 @@ def sign_accuracy(profile: Profile, sparse: str, dense: str) -> tuple[float, flo
 
 def accuracy_of_models(profile: Profile) -> list[Accuracy]:
     """Test whole models: each kind by itself, and all together."""
-    predictor = Predictor(Measured(profile, rest_line(profile)))
+    predictor = Predictor(Measured(profile, inside_models(profile)))
     found, everything = [], []
     for op in ("model_prefill", "model_decode"):
         points = profile.of(op, split=VALIDATION)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from autoprune.errors import ProfileError
 from autoprune.latency.devices import Datasheet, find_datasheet
+from autoprune.latency.inside import inside_models
 from autoprune.latency.paper import Carried, Chain, Paper
 from autoprune.latency.predict import Predictor
 from autoprune.latency.profiles import (
@@ -14,7 +15,6 @@ from autoprune.latency.profiles import (
     find_profile,
     profiles_that_ship,
 )
-from autoprune.latency.rest import rest_line
 from autoprune.latency.sources import Measured, Source
 
 AUTO, CPU = "auto", "cpu"
@@ -89,7 +89,7 @@ def _recorded(profile: Profile) -> Device:
 
 
 def _measured(profile: Profile) -> Measured:
-    return Measured(profile, rest_line(profile))
+    return Measured(profile, inside_models(profile))
 
 
 def _nearest(

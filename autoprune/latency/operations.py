@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from autoprune.errors import ProfileError
 from autoprune.latency.profiles import Point
@@ -66,6 +67,53 @@ def attention_calls(
     return [partial(run, cached(), cached()) for _ in range(copies)]
 
 
+def elementwise_calls(point: Point, generator: torch.Generator) -> list[Call]:
+    """Make calls of an operation that goes number by number, as transformers has it.
+
+    What it reads was written just before, so it lies in a cache where it fits in one.
+
+    Args:
+        point: ``m`` tokens of ``n`` numbers each; of a rotation ``head_dim`` tells how
+            they are split into heads.
+        generator: Where chance comes from, on the device.
+    """
+    from transformers.models.llama.modeling_llama import (
+        LlamaRMSNorm,
+        apply_rotary_pos_emb,
+    )
+
+    device, what = generator.device, point.kernel.partition(".")[0]
+    dtype = TYPES[point.kernel.rpartition(".")[2]]
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    one, other = drawn(1, point.m, point.n), drawn(1, point.m, point.n)
+    if what == "rms_norm":
+        norm = LlamaRMSNorm(point.n).to(device, dtype).requires_grad_(False)
+        return [_without_graph(partial(norm, one))]
+    if what == "add":
+        return [_without_graph(partial(torch.add, one, other))]
+    if what == "silu_mul":
+        return [_without_graph(lambda: functional.silu(one) * other)]
+    if what != "rope":
+        raise ProfileError(f"nothing is known of the operation {what!r}")
+    heads = one.view(1, point.m, -1, point.head_dim).transpose(1, 2)
+    queries, keys = heads[:, : max(1, heads.shape[1] * 3 // 4)], heads[:, -1:]
+    keys = heads[:, queries.shape[1] :] if heads.shape[1] > 1 else keys
+    angles = drawn(1, point.m, point.head_dim)
+    turn = partial(apply_rotary_pos_emb, queries, keys, angles.cos(), angles.sin())
+    return [_without_graph(turn)]
+
+
+def _without_graph(call: Call) -> Call:
+    def run() -> Any:
+        with torch.inference_mode():
+            return call()
+
+    return run
+
+
 def copy_calls(point: Point, generator: torch.Generator) -> list[Call]:
     """Make calls that copy ``n`` bytes: what memory can do at best.
 
@@ -99,6 +147,8 @@ def calls_for(
     """
     if point.op.startswith("attn_"):
         return attention_calls(point, generator, cache_bytes)
+    if point.op == "elementwise":
+        return elementwise_calls(point, generator)
     if point.op == "copy":
         return copy_calls(point, generator)
     if point.op == "launch":

@@ -9,7 +9,14 @@ from autoprune.latency.estimate import Term, Tier
 from autoprune.latency.kernels import Kernel
 from autoprune.latency.roofline import Roof
 from autoprune.latency.shape import Attention
-from autoprune.latency.sources import SHORT, Measured, Source, attended, time_of
+from autoprune.latency.sources import (
+    SHORT,
+    Measured,
+    Source,
+    attended,
+    passed,
+    time_of,
+)
 from autoprune.latency.table import Found
 
 PAPER_SHARE, PAPER_OVERHEAD_US = 0.8, 3.0
@@ -25,10 +32,8 @@ SPARSE_GAIN = 1.6
 CARRIED_ERRORS = (0.1, 0.15)
 """Own and shared error that carrying a time to another device adds at least."""
 
-REST_PASSES = 14
-"""How often a block reads or writes the hidden state outside of products."""
-
-REST_KERNELS = 8
+REST_KERNELS = 4
+"""Kernels of a block beside all that is named: the cache, copies, masks."""
 
 LAUNCH_US = {"graph": 1.5, "eager": 6.0}
 """Microseconds of a kernel's start, where nothing was measured."""
@@ -85,13 +90,20 @@ class Paper(Source):
         sizes = (batch, new, context, shape.heads, shape.kv_heads)
         return time_of("attention", kernel, sizes, found)
 
-    def rest(self, hidden: int, tokens: int) -> Term | None:
-        """Count passes over the hidden state, in 16 bits."""
-        moved = REST_PASSES * hidden * tokens * 2
-        us = REST_KERNELS * LAUNCH_US["graph"]
-        us += moved / (self.sheet.gigabytes_s * 1e3 * PAPER_SHARE)
+    def elementwise(
+        self, what: str, width: int, tokens: int, dtype: str
+    ) -> Term | None:
+        """Count the bytes, and the start of a kernel."""
+        _, moved = passed(what, width, tokens, dtype)
+        us = LAUNCH_US["graph"] + moved / (self.sheet.gigabytes_s * 1e3 * PAPER_SHARE)
         found = Found(us, *PAPER_OTHERS, Tier.ROOFLINE_DATASHEET)
-        return time_of("rest", "rest", (hidden, tokens), found)
+        return time_of("elementwise", what, (tokens, width), found)
+
+    def rest(self, hidden: int, tokens: int) -> Term | None:
+        """Count the starts of a few kernels."""
+        us = REST_KERNELS * LAUNCH_US["graph"]
+        found = Found(us, *PAPER_OTHERS, Tier.ROOFLINE_DATASHEET)
+        return time_of("rest", "rest", (), found)
 
     def launch(self, execution: str) -> Term | None:
         """Give what a start usually takes."""
@@ -134,6 +146,16 @@ class Carried(Source):
         """Carry an attention over."""
         there, before, after = (
             source.attention(shape, batch, new, context, dtype)
+            for source in (self._measured, self._from, self._to)
+        )
+        return _scaled(there, before, after)
+
+    def elementwise(
+        self, what: str, width: int, tokens: int, dtype: str
+    ) -> Term | None:
+        """Carry it over."""
+        there, before, after = (
+            source.elementwise(what, width, tokens, dtype)
             for source in (self._measured, self._from, self._to)
         )
         return _scaled(there, before, after)
@@ -190,6 +212,26 @@ class Chain(Source):
         """Ask one after the other."""
         asked = (s.attention(shape, batch, new, context, dtype) for s in self._sources)
         return next((term for term in asked if term is not None), None)
+
+    def elementwise(
+        self, what: str, width: int, tokens: int, dtype: str
+    ) -> Term | None:
+        """Ask the first that knows what a block does beside: they go together."""
+        asked = (s.elementwise(what, width, tokens, dtype) for s in self._asked())
+        return next((term for term in asked if term is not None), None)
+
+    def _asked(self) -> list[Source]:
+        """Leave out what stands behind a source that knows the rest of a block.
+
+        That was learnt beside what the very source tells number by number, if anything:
+        another's would count it twice.
+        """
+        found: list[Source] = []
+        for source in self._sources:
+            found.append(source)
+            if source.rest(1, 1) is not None:
+                break
+        return found
 
     def rest(self, hidden: int, tokens: int) -> Term | None:
         """Ask one after the other."""

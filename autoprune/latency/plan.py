@@ -6,6 +6,7 @@ from math import dist, gcd, log
 
 from autoprune.latency.kernels import KERNELS
 from autoprune.latency.profiles import Point, split_of
+from autoprune.latency.shape import ADD, GATE, NORM, ROPE
 from autoprune.latency.sources import SHORT
 from autoprune.latency.whole_models import MODELS, Variation
 
@@ -23,6 +24,12 @@ FEWER = {
 
 SPARSE_TOKENS = (1, 8, 64, 256, 512, 1024, 4096, 8192)
 WEIGHT_ONLY_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+NUMBERS_TOKENS = {
+    "cuda": (1, 8, 64, 512, 2048, 8192),
+    "cpu": (1, 8, 32, 128, 256, 512),
+}
+"""Tokens for what goes number by number."""
+
 HEAD_TOKENS = {"cuda": (1, 8, 64, 256), "cpu": (1, 4)}
 """Tokens for the head, which reads the last position of each sequence alone."""
 
@@ -151,6 +158,25 @@ def attentions(target: Variation, dtype: str, kind: str) -> list[Point]:
     return found
 
 
+def elementwise(target: Variation, dtype: str, kind: str) -> list[Point]:
+    """Describe what a model does number by number, at whole and smaller widths."""
+    dim, group = target.head_dim, target.heads // target.kv_heads
+    turned = {max(1, target.kv_heads // part) * (group + 1) * dim for part in (1, 2)}
+    ladder = widths(target.width)
+    sizes = {
+        NORM: [target.hidden],
+        ADD: [target.hidden],
+        GATE: [target.width, ladder[len(ladder) // 2], ladder[0]],
+        ROPE: sorted(turned, reverse=True),
+    }
+    return [
+        Point("elementwise", f"{what}.{SHORT[dtype]}", 0.0, m=m, n=n, head_dim=dim)
+        for what, own in sizes.items()
+        for n in dict.fromkeys(own)
+        for m in NUMBERS_TOKENS[kind]
+    ]
+
+
 def basics(kind: str) -> list[Point]:
     """Describe the start of a kernel and the copying of memory."""
     ways = ("eager", "graph") if kind == "cuda" else ("eager",)
@@ -190,6 +216,7 @@ def _cuda(
     found += gemms("torch.mm.bf16", heads, HEAD_TOKENS["cuda"])
     for target in targets:
         found += attentions(target, "bfloat16", "cuda")
+        found += elementwise(target, "bfloat16", "cuda")
     found += gemms("cslt.24.bf16", [*ceiling, *sparse], sparse_tokens)
     found += gemms("torch.scaled_mm.row", [*ceiling, *sites], tokens)
     found += gemms("torch.int_mm", [*ceiling, *sites], tokens)
@@ -218,11 +245,13 @@ def _cpu(
     found += gemms("cpu.linear.fp32", heads, HEAD_TOKENS["cpu"])
     for target in targets:
         found += attentions(target, "float32", "cpu")
+        found += elementwise(target, "float32", "cpu")
     found += gemms("cpu.int8.x86", sites, tokens)
     found += gemms("cpu.linear.bf16", sites, tokens)
     found += gemms("cpu.linear.bf16", heads, HEAD_TOKENS["cpu"])
     for target in targets:
         found += attentions(target, "bfloat16", "cpu")
+        found += elementwise(target, "bfloat16", "cpu")
     found += gemms("cpu.linear.fp32", generic, tokens)
     found += gemms("cpu.int8.onednn", sites, tokens)
     found += gemms("cpu.int8.x86", generic, tokens)
@@ -249,27 +278,5 @@ def probe_plan(kind: str, targets: Sequence[Variation] | None = None) -> list[Po
     found = basics(kind)
     for name in names:
         found += gemms(name, few, tokens)
+    found += elementwise(chosen[0], dtype, kind)
     return found + attentions(chosen[0], dtype, kind)
-
-
-_FIXED_S = {"cuda": 0.03, "cpu": 0.17}
-_SEARCH_S = 0.2
-_SPEED = {"cuda": 4e14, "cpu": 7e10}
-_CALLS = {"cuda": 14.0, "cpu": 7.0}
-
-
-def seconds_of(point: Point, kind: str) -> float:
-    """Guess how long it takes to time a point, for plans that are shown.
-
-    Times that a call takes at least as much as a batch are counted; all else is a
-    fixed cost, larger where algorithms are searched.
-    """
-    flop = 2.0 * point.m * point.n * point.k
-    if point.op.startswith("attn_"):
-        flop = 4.0 * point.m * point.context * point.heads * point.head_dim
-    elif point.op.startswith("model_"):
-        # A variation is built once, and passed several times, in rounds on a CPU.
-        return 0.8 if kind == "cuda" else 1.0 + 11 * max(0.06, point.m * 0.004)
-    one = flop / _SPEED[kind]
-    searched = _SEARCH_S if point.kernel.startswith("cslt") else 0.0
-    return _FIXED_S[kind] + searched + one * _CALLS[kind]

@@ -94,8 +94,14 @@ class Predictor:
         found = self.source.attention(shape, batch, new, context, dtype)
         return found or _untold("attention", self.source)
 
+    def elementwise(
+        self, what: str, width: int, tokens: int, dtype: str
+    ) -> Term | None:
+        """Predict what goes number by number; None where it is part of the rest."""
+        return self.source.elementwise(what, width, tokens, dtype)
+
     def rest(self, hidden: int, tokens: int) -> Term:
-        """Predict all else in one block: norms, rotations, activations, sums."""
+        """Predict all else in one block: the cache, copies, what the host adds."""
         return self.source.rest(hidden, tokens) or _untold("rest", self.source)
 
     def step(
@@ -126,6 +132,10 @@ class Predictor:
             if block.attention is not None:
                 one = self.attention(block.attention, batch, new, context, dtype)
                 terms[one] += 1
+            for what, width in block.elementwise(shape.hidden):
+                found = self.elementwise(what, width, batch * new, dtype)
+                if found is not None:
+                    terms[found] += 1
             terms[rest] += block.parts
         if shape.head is not None:
             head = self.linear(shape.head, batch, dtype)

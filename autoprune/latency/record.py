@@ -15,7 +15,8 @@ from autoprune.errors import ProfileError
 from autoprune.latency.facts import device_facts, software_facts
 from autoprune.latency.journal import FILE, Journal
 from autoprune.latency.model_recording import ModelRecorder
-from autoprune.latency.plan import kernel_plan, probe_plan, seconds_of
+from autoprune.latency.pacing import seconds_of
+from autoprune.latency.plan import kernel_plan, probe_plan
 from autoprune.latency.profiles import Point, Profile
 from autoprune.latency.quality import quality_of
 from autoprune.latency.recording import (

@@ -10,6 +10,10 @@ SPARSE = "2:4"
 """The format of a matrix of which two of any four weights in a row are zeros."""
 
 
+NORM, ROPE, GATE, ADD = ELEMENTWISE = ("rms_norm", "rope", "silu_mul", "add")
+"""Operations that go number by number: norms, rotations, gates, sums."""
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """One product of activations with a weight.
@@ -56,11 +60,32 @@ class Block:
         attention: None where no head is left.
         parts: Share of a whole block's other work that is left, from 0 to 1: half
             belongs to the attention, half to the MLP. A block without any costs none.
+        channels: Width of the MLP, after what is removed; 0 where nothing is left.
     """
 
     linears: tuple[Linear, ...]
     attention: Attention | None
     parts: float = 1.0
+    channels: int = 0
+
+    def elementwise(self, hidden: int) -> tuple[tuple[str, int], ...]:
+        """List the operations that go number by number, each with its width."""
+        found: tuple[tuple[str, int], ...] = ()
+        if self.attention is not None:
+            found += of_attention(self.attention, hidden)
+        return found + (of_mlp(self.channels, hidden) if self.channels else ())
+
+
+def of_attention(attention: Attention, hidden: int) -> tuple[tuple[str, int], ...]:
+    """List what goes number by number around an attention."""
+    heads = attention.heads + attention.kv_heads
+    turned = (ROPE, heads * attention.head_dim)
+    return (NORM, hidden), turned, (ADD, hidden)
+
+
+def of_mlp(channels: int, hidden: int) -> tuple[tuple[str, int], ...]:
+    """List what goes number by number around an MLP."""
+    return (NORM, hidden), (GATE, channels), (ADD, hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +155,7 @@ def llama_shape(
             Linear(f"blocks.{index}.{name}", n, k, kind)
             for name, (n, k) in sizes.items()
         )
-        made.append(Block(linears, Attention(heads, kv_heads, dim)))
+        attention = Attention(heads, kv_heads, dim)
+        made.append(Block(linears, attention, channels=channels))
     head = Linear("head", vocabulary, hidden)
     return ModelShape(tuple(made), head, hidden)

@@ -1,9 +1,9 @@
 """Where microseconds come from: what a source has to tell, and the profile as one."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from math import log2
+from math import hypot, log2
 
 from autoprune.latency.estimate import Term, Tier
 from autoprune.latency.kernels import KERNELS, Kernel
@@ -13,6 +13,11 @@ from autoprune.latency.table import Found, Sample, Table
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 """Types as the names of kernels end in them."""
+
+TYPES = {short: dtype for dtype, short in SHORT.items()}
+
+PASSES = {"rms_norm": 2, "rope": 3, "silu_mul": 3, "add": 3}
+"""How often an operation that goes number by number reads or writes each."""
 
 
 class Source(ABC):
@@ -35,8 +40,14 @@ class Source(ABC):
         """Time one attention; None if nothing is known."""
 
     @abstractmethod
+    def elementwise(
+        self, what: str, width: int, tokens: int, dtype: str
+    ) -> Term | None:
+        """Time an operation that goes number by number; None if nothing is known."""
+
+    @abstractmethod
     def rest(self, hidden: int, tokens: int) -> Term | None:
-        """Time what a block does beside products and attention; None if unknown."""
+        """Time all else that a block does; None if unknown."""
 
     @abstractmethod
     def launch(self, execution: str) -> Term | None:
@@ -44,20 +55,19 @@ class Source(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """What a block does beside products and attention: a line over tokens.
+class InModels:
+    """What operations take inside of whole models, beyond what they take alone.
 
     Attributes:
-        per_block: Microseconds whatever the tokens.
-        per_number: Microseconds for each token and number of the hidden state.
-        own: Error of one prediction.
-        shared: Error that all have in common.
+        per_block: Microseconds of a block that no operation accounts for: what the host
+            adds, the cache, copies.
+        slowdown: How many times as long operations take: caches are cold, clocks lower.
+        error: Error of both, which all operations share.
     """
 
     per_block: float
-    per_number: float
-    own: float = 0.1
-    shared: float = 0.1
+    slowdown: float = 1.0
+    error: float = 0.03
 
 
 class Measured(Source):
@@ -65,15 +75,20 @@ class Measured(Source):
 
     Args:
         profile: The profile.
-        rest: What whole models told of all else; None if none were recorded.
+        inside: What whole models told of operations in them; None if none were
+            recorded, or to know what operations take alone.
         held_out: Also leave the held-out points out of the tables, to test them.
     """
 
     def __init__(
-        self, profile: Profile, rest: Line | None = None, *, held_out: bool = False
+        self,
+        profile: Profile,
+        inside: InModels | None = None,
+        *,
+        held_out: bool = False,
     ) -> None:
         self.profile, self.name = profile, str(profile.device["name"])
-        self._line, self._split = rest, FIT if held_out else None
+        self._inside, self._split = inside, FIT if held_out else None
 
     @cached_property
     def tables(self) -> dict[str, Table]:
@@ -97,13 +112,12 @@ class Measured(Source):
     @cached_property
     def _attentions(self) -> dict[tuple[str, str], Table]:
         """The tables of attention, by operation and type."""
-        types = {short: dtype for dtype, short in SHORT.items()}
         found: dict[tuple[str, str], list[Sample]] = {}
         for op in ("attn_prefill", "attn_decode"):
             for point in self.profile.of(op, split=self._split):
                 shape = Attention(point.heads, point.kv_heads, point.head_dim)
                 new = point.m // point.batch
-                dtype = types[point.kernel.rpartition(".")[2]]
+                dtype = TYPES[point.kernel.rpartition(".")[2]]
                 sample = Sample(
                     point.context,
                     _place(shape, point.batch),
@@ -123,7 +137,7 @@ class Measured(Source):
         place = (log2(n), log2(k))
         flop, moved = kernel.flop(m, n, k), kernel.moved(m, n, k)
         found = self.tables[kernel.name].find(rows, place, flop, moved)
-        return time_of("linears", kernel.name, (m, n, k), found)
+        return self._placed(time_of("linears", kernel.name, (m, n, k), found))
 
     def attention(
         self, shape: Attention, batch: int, new: int, context: int, dtype: str
@@ -136,16 +150,43 @@ class Measured(Source):
         flop, moved = attended(shape, batch, new, context, dtype)
         found = table.find(context, _place(shape, batch), flop, moved)
         sizes = (batch, new, context, shape.heads, shape.kv_heads)
-        return time_of("attention", f"{op}.{SHORT[dtype]}", sizes, found)
+        return self._placed(time_of("attention", f"{op}.{SHORT[dtype]}", sizes, found))
+
+    @cached_property
+    def _elementwise(self) -> dict[str, Table]:
+        samples: dict[str, list[Sample]] = {}
+        for point in self.profile.of("elementwise", split=self._split):
+            what, _, short = point.kernel.partition(".")
+            flop, moved = passed(what, point.n, point.m, TYPES[short])
+            sample = Sample(point.m, (log2(point.n),), flop, moved, point.us)
+            samples.setdefault(point.kernel, []).append(sample)
+        return {name: Table(own) for name, own in samples.items()}
+
+    def elementwise(
+        self, what: str, width: int, tokens: int, dtype: str
+    ) -> Term | None:
+        """Look it up."""
+        table = self._elementwise.get(f"{what}.{SHORT[dtype]}")
+        if table is None:
+            return None
+        found = table.find(tokens, (log2(width),), *passed(what, width, tokens, dtype))
+        name, sizes = f"{what}.{SHORT[dtype]}", (tokens, width)
+        return self._placed(time_of("elementwise", name, sizes, found))
 
     def rest(self, hidden: int, tokens: int) -> Term | None:
-        """Read it off the line."""
-        if self._line is None:
+        """Give what whole models told."""
+        if self._inside is None:
             return None
-        line = self._line
-        us = line.per_block + line.per_number * hidden * tokens
-        tier = Tier.TABLE_INTERPOLATED
-        return Term("rest", "rest", (hidden, tokens), us, line.own, line.shared, tier)
+        us, error = self._inside.per_block, 2 * self._inside.error
+        return Term("rest", "rest", (), us, error, error, Tier.TABLE_INTERPOLATED)
+
+    def _placed(self, term: Term) -> Term:
+        """Give the time of an operation inside of a model."""
+        if self._inside is None:
+            return term
+        inside = self._inside
+        us, shared = term.us * inside.slowdown, hypot(term.shared, inside.error)
+        return replace(term, us=us, shared=shared)
 
     def launch(self, execution: str) -> Term | None:
         """Look the start of a kernel up; a processor's own starts are in the rest."""
@@ -185,3 +226,9 @@ def _place(shape: Attention, batch: int) -> tuple[float, ...]:
     """Tell attentions apart, most of all by how much runs side by side."""
     sizes = (batch * shape.heads, shape.heads // shape.kv_heads, shape.head_dim)
     return tuple(log2(size) for size in sizes)
+
+
+def passed(what: str, width: int, tokens: int, dtype: str) -> tuple[float, float]:
+    """Count numbers and bytes of an operation that goes number by number."""
+    item = 4 if dtype == "float32" else 2
+    return float(tokens * width), float(PASSES[what] * tokens * width * item)

@@ -7,12 +7,8 @@ from tiny_scenes import evidence, scene_of
 
 from autoprune.compression.actions import Actions
 from autoprune.compression.storage import Storage
-from autoprune.evaluation.latency import (
-    Anatomy,
-    LatencyMs,
-    format_of,
-    linears_of,
-)
+from autoprune.evaluation.anatomy import Anatomy, format_of, linears_of
+from autoprune.evaluation.latency import LatencyMs
 from autoprune.evaluation.metric import Scene
 from autoprune.latency.device import open_device
 from autoprune.latency.estimate import credited

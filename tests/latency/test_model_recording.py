@@ -10,13 +10,13 @@ from latency.tiny_recordings import TINY, CountingTimer, tiny_order
 
 from autoprune.latency import record as recording_command
 from autoprune.latency import recording
+from autoprune.latency.inside import inside_models
 from autoprune.latency.journal import Journal, key_of
 from autoprune.latency.kernels import KERNELS
 from autoprune.latency.model_recording import ModelRecorder
 from autoprune.latency.profiles import FIT, Point, Profile
 from autoprune.latency.record import record
 from autoprune.latency.recording import Deadline
-from autoprune.latency.rest import rest_line
 from autoprune.latency.running import generator_on
 from autoprune.latency.whole_models import (
     Step,
@@ -108,7 +108,7 @@ def test_a_whole_recording_ends_in_a_profile(
         names = {point.kernel for point in profile.of(op)}
         assert names == {f"tiny {one.name}" for one in VARIATIONS}
     assert len(profile.of("model_prefill", split=FIT)) == 3
-    assert rest_line(profile) is not None
+    assert inside_models(profile) is not None
 
 
 @pytest.mark.gpu

@@ -4,12 +4,12 @@ import pytest
 from latency.tiny_recordings import TINY
 
 from autoprune.latency.kernels import KERNELS
+from autoprune.latency.pacing import seconds_of
 from autoprune.latency.plan import (
     HEAD_TOKENS,
     attentions,
     kernel_plan,
     probe_plan,
-    seconds_of,
     spread,
     target_sites,
     widths,

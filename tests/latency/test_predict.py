@@ -15,7 +15,7 @@ from autoprune.latency.estimate import Tier
 from autoprune.latency.paper import Carried, Chain, Paper
 from autoprune.latency.predict import Predictor
 from autoprune.latency.shape import Linear, ModelShape, llama_shape
-from autoprune.latency.sources import Line, Measured
+from autoprune.latency.sources import InModels, Measured
 from autoprune.latency.workload import Workload, shipped_workloads
 
 WORKLOADS = {name: work.on("cuda") for name, work in shipped_workloads().items()}
@@ -36,7 +36,7 @@ def llama_8b(**changes: object) -> ModelShape:
 
 def synthetic() -> Measured:
     made = points("torch.mm.bf16") + points("cslt.24.bf16", gain=1.5)
-    return Measured(profile(made), Line(10.0, 1e-5))
+    return Measured(profile(made), InModels(10.0))
 
 
 def on_paper(name: str = "h100") -> Predictor:
@@ -57,7 +57,8 @@ def test_the_parts_sum_to_the_total() -> None:
     whole = found.prefill.ms + 255 * found.decode.ms
     assert found.total.ms == pytest.approx(whole)
     assert sum(found.total.parts.values()) == pytest.approx(whole)
-    assert set(found.total.parts) == {"linears", "attention", "rest", "head", "launch"}
+    named = {"linears", "attention", "elementwise", "rest", "head", "launch"}
+    assert set(found.total.parts) == named
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
