@@ -59,7 +59,13 @@ class Journal:
                 f"a recording was begun in {folder}. Go on with it by --resume, remove "
                 "the folder, or record under another --name"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ProfileError(
+                f"cannot keep a recording in {folder}: {error}. Name another folder "
+                "with --out"
+            ) from error
         lines = self._load()
         if not lines:
             self._write({"about": dict(about)})
