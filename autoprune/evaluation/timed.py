@@ -70,7 +70,8 @@ def forecasts(bench: Workbench, policy: Policy) -> dict[str, dict[str, Any]]:
 
     Returns:
         For each workload: milliseconds with the interval that holds 80 of 100, what is
-        known how, the ratio to the dense model with its interval, and warnings.
+        known how and from what, the ratio to the dense model with its interval, and
+        warnings.
     """
     dense = {layer: Storage.dense(layer) for layer in bench.layers}
     storages = bench.storages(policy)
@@ -106,4 +107,5 @@ def _forecast(
         "worst_tier": str(found.total.tier),
         "over_dense": [ratio.value, ratio.low, ratio.high],
         "warnings": list(found.total.warnings),
+        "basis": f"{metric.device.name}: {metric.device.basis}",
     }

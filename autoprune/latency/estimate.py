@@ -173,12 +173,12 @@ def _sigma(sides: Sequence[tuple[Estimate, float]]) -> float:
     To first order: each operation weighs as much as its share of its estimate's time,
     and an operation that is on both sides weighs the difference.
     """
-    own: dict[Term, float] = defaultdict(float)
+    own: dict[tuple[str, tuple[int, ...], float], float] = defaultdict(float)
     shared: dict[tuple[str, float], float] = defaultdict(float)
     for term, weight in _weights(sides):
-        own[term] += weight
+        own[term.kernel, term.shape, term.own] += weight
         shared[term.kernel, term.shared] += weight
-    variance = sum((weight * term.own) ** 2 for term, weight in own.items())
+    variance = sum((weight * sigma) ** 2 for (*_, sigma), weight in own.items())
     variance += sum((w * sigma) ** 2 for (_, sigma), w in shared.items())
     return float(variance**0.5)
 

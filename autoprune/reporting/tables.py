@@ -188,6 +188,10 @@ def finals_table(finals: Mapping[str, Any]) -> Table:
         table.add_row(f"rival, {_whose(row)}", *_finals_row(row, dense))
     cells = _finals_row(winner, dense)
     table.add_row(f"winner, {_whose(winner)}", *cells, style="bold")
+    if timed:
+        (basis, *_) = (told["basis"] for told in winner["latency"].values())
+        table.caption = f"Times are predicted. {basis}"
+        table.caption_justify = "left"
     return table
 
 

@@ -1,6 +1,7 @@
 """Intervals: what adds up, what cancels, what is credited."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -51,6 +52,12 @@ def test_what_two_estimates_share_cancels_in_their_ratio() -> None:
     sigma = 0.1 * math.sqrt((900 / 950 - 0.9) ** 2 + (50 / 950) ** 2 + 0.1**2)
     assert ratio.high == pytest.approx(0.95 * math.exp(Z_80 * sigma))
     assert ratio.high / ratio.low < one.interval[1] / one.interval[0]
+
+
+def test_a_warning_makes_no_other_operation() -> None:
+    told = replace(term(3.0), warnings=("timed as dense",))
+    ratio = compare(Estimate({told: 2.0}), Estimate({term(3.0): 2.0}))
+    assert (ratio.low, ratio.value, ratio.high) == (1.0, 1.0, 1.0)
 
 
 def test_an_estimate_over_itself_is_one_for_sure() -> None:
