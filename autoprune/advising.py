@@ -8,8 +8,9 @@ from autoprune.compression.storage import Storage
 from autoprune.compression.structured import kept_units
 from autoprune.evaluation.anatomy import Anatomy
 from autoprune.evaluation.timed import notes_on, read_workloads
-from autoprune.latency.device import Device, open_device
+from autoprune.latency.device import Device
 from autoprune.latency.estimate import Estimate, Ratio, Term, compare
+from autoprune.latency.opening import open_device
 from autoprune.latency.shape import Linear, ModelShape
 from autoprune.latency.workload import Workload
 from autoprune.models.layers import inventory
@@ -108,7 +109,8 @@ def advise(
         ProfileError: If nothing is known of the device, or of a workload's type on it.
         ConfigError: If a workload is unknown.
     """
-    opened = open_device(device)
+    plugins = load_plugins()
+    opened = open_device(device, plugins.objects["latency_backends"].values())
     asked = read_workloads(workloads, opened)
     anatomy = anatomy_of(model)
     shape = _narrowed(anatomy, 1.0)

@@ -65,6 +65,11 @@ def register_exporters() -> "Sequence[Any]":
 
 
 @hookspec
+def register_latency_backends() -> "Sequence[Any]":
+    """Return ``LatencyBackend`` objects, which open devices that times are told of."""
+
+
+@hookspec
 def register_formulas() -> "Sequence[Any]":
     """Return ``Proposer`` objects: a ``Formula`` divides zeros among layers."""
 
@@ -90,6 +95,7 @@ HOOKS: "tuple[Callable[..., Any], ...]" = (
     register_text_sources,
     register_architectures,
     register_exporters,
+    register_latency_backends,
     register_formulas,
     propose_policies,
     trial_finished,

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from autoprune.latency.profiles import PROFILES
 from autoprune.options import AsJson, Verbose
 from autoprune.reporting.session import session, write
 
 if TYPE_CHECKING:
     from autoprune.latency.record import Outcome, PlanLine
-
-PROFILES = Path("results/profiles")
-"""Where profiles are written, and where working folders lie."""
 
 
 def profile(
@@ -23,7 +21,7 @@ def profile(
         typer.Option(help="cuda or cpu; the GPU by default."),
     ] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="Stop after these.")] = 10.0,
-    out: Annotated[Path, typer.Option(help="The folder of profiles.")] = PROFILES,
+    out: Annotated[Path, typer.Option(help="The folder of profiles.")] = Path(PROFILES),
     name: Annotated[str | None, typer.Option(help="Of the profile.")] = None,
     part: Annotated[
         str, typer.Option(help="all; kernels or models alone; finish what was begun.")

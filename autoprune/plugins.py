@@ -30,6 +30,7 @@ _BASES = {
     "text_sources": "autoprune.models.text:TextSource",
     "architectures": "autoprune.models.layers:Architecture",
     "exporters": "autoprune.exporting.exporter:Exporter",
+    "latency_backends": "autoprune.latency.device:LatencyBackend",
     "formulas": "autoprune.searching.proposer:Proposer",
 }
 """What each ``register_*`` hook must return, named by string and imported late."""

@@ -16,10 +16,11 @@ from autoprune.evaluation.timed import notes_on, read_workloads
 from autoprune.exporting.folder import POLICY_FILE, load
 from autoprune.exporting.marker import read_marker
 from autoprune.latency.comparing import compare
-from autoprune.latency.device import Device, open_device
+from autoprune.latency.device import Device
 from autoprune.latency.estimate import Estimate
 from autoprune.latency.kernels import KERNELS
 from autoprune.latency.model_running import KernelLinear, pass_of
+from autoprune.latency.opening import open_device
 from autoprune.latency.running import generator_on
 from autoprune.latency.shape import DENSE, SPARSE, ModelShape
 from autoprune.latency.timing import CudaTimer
@@ -112,7 +113,7 @@ def prove(
         ProfileError: If nothing is known of the device.
     """
     place, loaded = Path(folder), load_plugins(plugins)
-    opened = open_device(device)
+    opened = open_device(device, loaded.objects["latency_backends"].values())
     asked = read_workloads(workloads, opened)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     proofs, kernels = list[Proof](), dict[str, int]()

@@ -1,6 +1,6 @@
 """A workbench that also tells time: the metrics of a device's workloads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,20 +9,28 @@ from autoprune.config import LatencyConfig
 from autoprune.evaluation.anatomy import Anatomy
 from autoprune.evaluation.latency import LatencyMs, latency_metrics
 from autoprune.evaluation.workbench import Workbench
-from autoprune.latency.device import Device, open_device
+from autoprune.latency.device import Device, LatencyBackend
+from autoprune.latency.opening import open_device
 from autoprune.latency.workload import Workload, find_workload
 from autoprune.models.task import output_layer
 from autoprune.policy import Layer, Policy
 
 
-def with_latency(bench: Workbench, wanted: LatencyConfig) -> Workbench:
+def with_latency(
+    bench: Workbench, wanted: LatencyConfig, backends: Iterable[LatencyBackend]
+) -> Workbench:
     """Give the workbench with a metric for each workload.
+
+    Args:
+        bench: The workbench.
+        wanted: Device and workloads.
+        backends: Who opens devices.
 
     Raises:
         ConfigError: If a workload is unknown or impossible.
         ProfileError: If nothing is known of the device.
     """
-    device, model = open_device(wanted.device), bench.stitched.model
+    device, model = open_device(wanted.device, backends), bench.stitched.model
     workloads = read_workloads(wanted.workloads, device)
     vocabulary = output_layer(model).weight.shape[0]
     anatomy = Anatomy.of(model.config, bench.inventory, vocabulary=vocabulary)

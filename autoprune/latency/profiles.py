@@ -19,6 +19,12 @@ from autoprune.errors import ProfileError, unknown_name
 SCHEMA = 1
 """Major version of the layout; a reader refuses a newer one."""
 
+PROFILES = "results/profiles"
+"""Where profiles are written, and looked for."""
+
+OWN_PROFILES = "AUTOPRUNE_PROFILES"
+"""Names another folder of the user's profiles."""
+
 HEADER, POINTS = "profile.json", "points.parquet"
 
 FIT, HOLDOUT, VALIDATION = "fit", "holdout", "validation"
@@ -211,21 +217,31 @@ def profiles_that_ship() -> dict[str, Path]:
     }
 
 
+def known_profiles() -> dict[str, Path]:
+    """Name the profiles that ship and then the user's own, the newest last.
+
+    These lie in ``$AUTOPRUNE_PROFILES``, or where ``autoprune profile`` writes them.
+    """
+    folder = Path(os.environ.get(OWN_PROFILES) or PROFILES)
+    own = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{HEADER}"))}
+    return profiles_that_ship() | own
+
+
 def find_profile(name: str | Path) -> Profile:
-    """Read a profile by its folder, or by the name of one that ships.
+    """Read a profile by its folder, or by its name.
 
     Raises:
         ProfileError: If there is neither; lists near misses.
     """
     if (Path(name) / HEADER).is_file():
         return Profile.read(Path(name))
-    shipped = profiles_that_ship()
-    if str(name) not in shipped:
+    known = known_profiles()
+    if str(name) not in known:
         raise ProfileError(
-            f"{unknown_name('profile', str(name), shipped)}. Name one of these, or the "
+            f"{unknown_name('profile', str(name), known)}. Name one of these, or the "
             f"folder of one (looked in {Path.cwd()})"
         )
-    return Profile.read(shipped[str(name)])
+    return Profile.read(known[str(name)])
 
 
 def _hash(path: Path) -> str:

@@ -98,7 +98,8 @@ class Plan:
             cache=cache,
         )
         if config.latency:
-            bench = with_latency(bench, config.latency)
+            backends = plugins.objects["latency_backends"].values()
+            bench = with_latency(bench, config.latency, backends)
         reward = read_reward(config.objective, plugins, bench)
         problem = formulate(bench, config.space, config.objective.budgets)
         found = plugins.notify("propose_policies", problem=problem, bench=bench)

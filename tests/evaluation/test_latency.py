@@ -10,8 +10,8 @@ from autoprune.compression.storage import Storage
 from autoprune.evaluation.anatomy import Anatomy, format_of, linears_of
 from autoprune.evaluation.latency import LatencyMs
 from autoprune.evaluation.metric import Scene
-from autoprune.latency.device import open_device
 from autoprune.latency.estimate import credited
+from autoprune.latency.opening import open_device
 from autoprune.latency.shape import Attention
 from autoprune.latency.workload import Workload, find_workload
 from autoprune.models.layers import inventory

@@ -13,7 +13,7 @@ from autoprune.latency.accuracy import (
     accuracy_of_ratios,
     sign_accuracy,
 )
-from autoprune.latency.device import open_device
+from autoprune.latency.opening import open_device
 from autoprune.latency.profiles import Profile, find_profile, profiles_that_ship
 from autoprune.latency.whole_models import shape_of, variation_of
 from autoprune.latency.workload import find_workload
