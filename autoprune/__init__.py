@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autoprune.advising import advise
     from autoprune.compression.method import CompressionMethod, Parameter, Source
     from autoprune.compression.storage import Storage
     from autoprune.compression.variant import Variant
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         ModelError,
         PluginError,
         PolicyError,
+        ProfileError,
         RunError,
         StoreError,
         TextError,
@@ -30,12 +32,14 @@ if TYPE_CHECKING:
     from autoprune.exporting.exporter import Exporter
     from autoprune.exporting.folder import load
     from autoprune.hookspecs import hookimpl
+    from autoprune.latency.device import Device, LatencyBackend
     from autoprune.models.layers import Architecture
     from autoprune.models.statistics import InputStatistics
     from autoprune.models.task import Task
     from autoprune.models.text import TextSource
     from autoprune.plugins import load_plugins
     from autoprune.policy import Action, Layer, Policy, Site
+    from autoprune.proving import prove
     from autoprune.run import search
     from autoprune.searching.formulas import Formula, Ladder
     from autoprune.searching.proposer import Proposer
@@ -52,11 +56,13 @@ __all__ = [
     "BudgetError",
     "CompressionMethod",
     "ConfigError",
+    "Device",
     "ExportError",
     "Exporter",
     "Formula",
     "InputStatistics",
     "Ladder",
+    "LatencyBackend",
     "Layer",
     "MethodError",
     "Metric",
@@ -66,6 +72,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "PolicySampler",
+    "ProfileError",
     "Proposer",
     "Reward",
     "RunConfig",
@@ -80,16 +87,19 @@ __all__ = [
     "TextSource",
     "Variant",
     "__version__",
+    "advise",
     "apply",
     "evaluate",
     "export",
     "hookimpl",
     "load",
     "load_plugins",
+    "prove",
     "search",
 ]
 
 _HOMES = {
+    "advising": ("advise",),
     "compression.method": ("CompressionMethod", "Parameter", "Source"),
     "compression.storage": ("Storage",),
     "compression.variant": ("Variant",),
@@ -102,12 +112,14 @@ _HOMES = {
     "evaluation.reward": ("Reward",),
     "exporting.exporter": ("Exporter",),
     "hookspecs": ("hookimpl",),
+    "latency.device": ("Device", "LatencyBackend"),
     "models.layers": ("Architecture",),
     "models.statistics": ("InputStatistics",),
     "models.task": ("Task",),
     "models.text": ("TextSource",),
     "plugins": ("load_plugins",),
     "policy": ("Action", "Layer", "Policy", "Site"),
+    "proving": ("prove",),
     "run": ("search",),
     "searching.formulas": ("Formula", "Ladder"),
     "searching.proposer": ("Proposer",),

@@ -13,7 +13,7 @@ from autoprune.latency.device import Device, LatencyBackend
 from autoprune.latency.opening import open_device
 from autoprune.latency.workload import Workload, find_workload
 from autoprune.models.task import output_layer
-from autoprune.policy import Layer, Policy
+from autoprune.policy import Layer, Policy, Site
 
 
 def with_latency(
@@ -95,6 +95,19 @@ def notes_on(device: Device) -> list[str]:
         notes.append(
             "this device was not measured. If you have one at hand, `autoprune profile "
             "--probe` records it in a minute; name the folder as latency: {device: ...}"
+        )
+    return notes
+
+
+def notes_of(bench: Workbench, sites: Iterable[Site]) -> list[str]:
+    """Say what a user should know of times before a search over some sites."""
+    found = latencies(bench)
+    notes = notes_on(found[0].device) if found else []
+    if found and any(site.kind in ("channels", "heads") for site in sites):
+        notes.append(
+            "times count channels and heads that are removed as cut out. The target "
+            "transformers cuts them where all blocks keep equally many; elsewhere, and "
+            "in packed, they are stored as zeros and cost their time until you cut them"
         )
     return notes
 

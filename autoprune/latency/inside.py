@@ -1,8 +1,8 @@
 """What operations take inside of whole models, learnt from dense ones.
 
-A dense model takes longer than the sum of its parts: some of that goes with the work
-(cold caches, lower clocks), some with the blocks (the host, the cache, copies). Which
-is which shows in passes of few and of many tokens.
+A dense model takes longer than the sum of its parts. With few tokens that is what a
+block takes beside: the host, the cache, copies. With many, operations take longer than
+alone: what they read was written by others, and clocks are lower.
 """
 
 import numpy as np
@@ -11,20 +11,17 @@ from numpy.typing import NDArray
 from autoprune.latency.estimate import Estimate
 from autoprune.latency.predict import Predictor
 from autoprune.latency.profiles import FIT, Point, Profile
-from autoprune.latency.sources import InModels, Measured
+from autoprune.latency.sources import FEW_TOKENS, InModels, Measured
 from autoprune.latency.whole_models import dtype_of, shape_of
 
 Array = NDArray[np.float64]
-
-SLOWDOWNS = np.arange(1.0, 1.5, 0.005)
-"""How many times as long operations may take inside of a model."""
 
 
 def inside_models(profile: Profile) -> InModels | None:
     """Fit what a profile tells of dense models; None where none was recorded.
 
-    By the least sum of absolute errors of the logarithm, which a single pass under load
-    does not move. Only dense points of the split ``fit`` are looked at; others test.
+    By medians, which a single pass under load does not move. Only dense points of the
+    split ``fit`` are looked at; all others test.
     """
     points = [
         point
@@ -36,7 +33,11 @@ def inside_models(profile: Profile) -> InModels | None:
     bare = Predictor(Measured(profile))
     parts = np.array([pass_of(bare, point).ms * 1e3 for point in points])
     blocks = np.array([sum(b.parts for b in shape_of(p).blocks) for p in points])
-    return _fitted(parts, blocks, np.array([point.us for point in points]))
+    us = np.array([point.us for point in points])
+    few = np.array([point.m <= FEW_TOKENS for point in points])
+    per_block = _median((us - parts)[few] / blocks[few], 0.0)
+    slowdown = _median((us - per_block * blocks)[~few] / parts[~few], 1.0)
+    return InModels(per_block, slowdown)
 
 
 def pass_of(predictor: Predictor, point: Point) -> Estimate:
@@ -46,14 +47,6 @@ def pass_of(predictor: Predictor, point: Point) -> Estimate:
     return predictor.step(shape, point.batch, new, point.context, dtype=dtype)
 
 
-def _fitted(parts: Array, blocks: Array, us: Array) -> InModels:
-    """Try every slowdown, with what it leaves for a block by each of the passes."""
-    best, least = InModels(0.0), np.inf
-    for slowdown in SLOWDOWNS:
-        left = np.maximum((us - slowdown * parts) / blocks, 0.0)
-        for per_block in left:
-            found = slowdown * parts + per_block * blocks
-            loss = float(np.abs(np.log(found / us)).sum())
-            if loss < least:
-                best, least = InModels(float(per_block), float(slowdown)), loss
-    return best
+def _median(values: Array, least: float) -> float:
+    """Give the median, but no less than ``least``; that of nothing is ``least``."""
+    return max(float(np.median(values)), least) if len(values) else least

@@ -15,7 +15,7 @@ import torch
 
 from autoprune.errors import ProfileError
 from autoprune.latency.facts import cache_bytes, device_facts, software_facts, state
-from autoprune.latency.journal import Journal
+from autoprune.latency.journal import Journal, key_of
 from autoprune.latency.kernels import KERNELS
 from autoprune.latency.operations import calls_for
 from autoprune.latency.profiles import Point
@@ -32,11 +32,12 @@ from autoprune.latency.running import (
 )
 from autoprune.latency.timing import CudaTimer, Timer, Timing
 
-REPEATED = 30
-"""Points that are timed once more at the end, to see drift."""
+REPEATED = {"cuda": 30, "cpu": 10_000}
+"""Points that are timed once more at the end, to see drift. On a CPU that is all of
+them: a neighbour's load comes for minutes and goes, and the faster time counts."""
 
-REPEAT_S = {"cuda": 4.0, "cpu": 12.0}
-"""Seconds kept for them before the deadline."""
+REPEAT_SHARE = {"cuda": 0.02, "cpu": 0.5}
+"""Share of the time of kernels that is kept for them."""
 
 BEST = 3
 """Algorithms that are timed in full, the best of a quick look at all."""
@@ -120,19 +121,19 @@ class Recorder:
 
     def repeat(self, plan: Sequence[Point], deadline: Deadline) -> None:
         """Time some points once more, spread over the plan: what changed is drift."""
-        done = self.journal.points.values()
-        timed = {(p.op, p.kernel, p.n, p.k, p.m): p for p in done if p.ok}
+        done = self.journal.points
         known = [
-            timed[key]
-            for p in plan
-            if p.op == "gemm" and (key := (p.op, p.kernel, p.n, p.k, p.m)) in timed
+            found
+            for point in plan
+            if (found := done.get(key_of(point))) is not None and found.ok
         ]
-        for point in known[:: max(1, len(known) // REPEATED)][:REPEATED]:
-            if deadline.left() <= 0:
-                return
-            for _, timing, _ in self._timings([point]):
+        chosen = known[:: max(1, len(known) // REPEATED[self.kind])]
+        for _, points in groupby(chosen[: REPEATED[self.kind]], key=_weight_of):
+            for point, timing, _ in self._timings(list(points)):
                 if isinstance(timing, Timing):
                     self.journal.again(point, timing.us)
+                if deadline.left() <= 0:
+                    return
 
     def _tried(self, point: Point) -> bool:
         """Give a point up that took its process down; note the start of another."""

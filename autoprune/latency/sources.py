@@ -16,6 +16,9 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 TYPES = {short: dtype for dtype, short in SHORT.items()}
 
+FEW_TOKENS = 16
+"""So many tokens are bound by weights alone: in a model and by themselves."""
+
 PASSES = {"rms_norm": 2, "rope": 3, "silu_mul": 3, "add": 3}
 """How often an operation that goes number by number reads or writes each."""
 
@@ -61,7 +64,7 @@ class InModels:
     Attributes:
         per_block: Microseconds of a block that no operation accounts for: what the host
             adds, the cache, copies.
-        slowdown: How many times as long operations take: caches are cold, clocks lower.
+        slowdown: How many times as long operations on more than ``FEW_TOKENS`` take.
         error: Error of both, which all operations share.
     """
 
@@ -137,7 +140,7 @@ class Measured(Source):
         place = (log2(n), log2(k))
         flop, moved = kernel.flop(m, n, k), kernel.moved(m, n, k)
         found = self.tables[kernel.name].find(rows, place, flop, moved)
-        return self._placed(time_of("linears", kernel.name, (m, n, k), found))
+        return self._placed(time_of("linears", kernel.name, (m, n, k), found), m)
 
     def attention(
         self, shape: Attention, batch: int, new: int, context: int, dtype: str
@@ -150,7 +153,8 @@ class Measured(Source):
         flop, moved = attended(shape, batch, new, context, dtype)
         found = table.find(context, _place(shape, batch), flop, moved)
         sizes = (batch, new, context, shape.heads, shape.kv_heads)
-        return self._placed(time_of("attention", f"{op}.{SHORT[dtype]}", sizes, found))
+        term = time_of("attention", f"{op}.{SHORT[dtype]}", sizes, found)
+        return self._placed(term, batch * new)
 
     @cached_property
     def _elementwise(self) -> dict[str, Table]:
@@ -171,7 +175,7 @@ class Measured(Source):
             return None
         found = table.find(tokens, (log2(width),), *passed(what, width, tokens, dtype))
         name, sizes = f"{what}.{SHORT[dtype]}", (tokens, width)
-        return self._placed(time_of("elementwise", name, sizes, found))
+        return self._placed(time_of("elementwise", name, sizes, found), tokens)
 
     def rest(self, hidden: int, tokens: int) -> Term | None:
         """Give what whole models told."""
@@ -180,13 +184,13 @@ class Measured(Source):
         us, error = self._inside.per_block, 2 * self._inside.error
         return Term("rest", "rest", (), us, error, error, Tier.TABLE_INTERPOLATED)
 
-    def _placed(self, term: Term) -> Term:
+    def _placed(self, term: Term, tokens: int) -> Term:
         """Give the time of an operation inside of a model."""
         if self._inside is None:
             return term
-        inside = self._inside
-        us, shared = term.us * inside.slowdown, hypot(term.shared, inside.error)
-        return replace(term, us=us, shared=shared)
+        slower = self._inside.slowdown if tokens > FEW_TOKENS else 1.0
+        shared = hypot(term.shared, self._inside.error)
+        return replace(term, us=term.us * slower, shared=shared)
 
     def launch(self, execution: str) -> Term | None:
         """Look the start of a kernel up; a processor's own starts are in the rest."""

@@ -15,7 +15,7 @@ from autoprune.config import RunConfig
 from autoprune.errors import ConfigError
 from autoprune.evaluation.metric import Measured
 from autoprune.evaluation.reward import Reward
-from autoprune.evaluation.timed import latencies, notes_on, timed_by, with_latency
+from autoprune.evaluation.timed import notes_of, timed_by, with_latency
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
@@ -144,9 +144,10 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         """What a user should know before the search."""
-        timed = latencies(self.bench)[:1]
-        told = [note for metric in timed for note in notes_on(metric.device)]
-        return [*self.bench.inventory.notes, *told]
+        return [
+            *self.bench.inventory.notes,
+            *notes_of(self.bench, self.problem.space.sites),
+        ]
 
     def around(self, incumbent: Policy) -> "Plan":
         """Make the plan of a further round.
