@@ -21,6 +21,7 @@ from autoprune.run import find_space
 from autoprune.searching.allocation import allocate
 from autoprune.searching.finals import (
     Candidate,
+    elect,
     rank,
     resolve_anew,
     take_candidates,
@@ -36,6 +37,9 @@ JOINT = RunConfig.from_yaml(find_space("joint")).space[0].actions
 
 TRIALS = 8
 """Most trials of our strategy, beside the rivals that it starts from."""
+
+FINALISTS = 4
+"""Compared on the choice split, as runs do by default."""
 
 SCORES = {"autoquantize": autoquantize_costs, "autoscheme": autoscheme_costs}
 
@@ -66,7 +70,7 @@ def uniform(limit: float) -> dict[str, Any]:
         if origin.startswith(UNIFORM)
     ]
     best = min(rivals, key=lambda rival: rival.fitness["kl"])
-    return _measured(plan, best, began)
+    return _measured(plan, [best], began)
 
 
 def gradient(actions: list[str], limit: float) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def gradient(actions: list[str], limit: float) -> dict[str, Any]:
             proposals=proposals,
         )
         trials = ledger.trials()
-    best = take_candidates(trials, plan.objective, count=1)[0]
+    best = take_candidates(trials, plan.objective, count=FINALISTS)
     return {
         "strategy": plan.strategy.name,
         "ended": ended,
@@ -109,7 +113,7 @@ def scored(name: str, limit: float) -> dict[str, Any]:
     costs = SCORES[name](plan.bank, teacher, plan.problem.space, windows)
     policy = plan.problem.space.at(allocate(plan.problem, costs))
     metrics = plan.evaluator().measure(policy).metrics
-    return _measured(plan, Candidate(0, name, policy, metrics), began)
+    return _measured(plan, [Candidate(0, name, policy, metrics)], began)
 
 
 def again(name: str, measure: Cell) -> dict[str, Any]:
@@ -129,19 +133,33 @@ def _open(actions: list[str], limit: float) -> Plan:
     return plan
 
 
-def _measured(plan: Plan, candidate: Candidate, began: float) -> dict[str, Any]:
-    """Solve a policy on its own inputs where that helps, and measure it on new text."""
+def _measured(plan: Plan, candidates: list[Candidate], began: float) -> dict[str, Any]:
+    """Choose as runs do, and measure on new text.
+
+    The elected finalist and the best rival are solved on their own inputs and mixed
+    where that helps; the better one on the choice split is kept.
+    """
     searched = time.process_time() - began
     bench, cost = plan.bench, plan.cost("choice")
-    (finalist,) = rank(bench, plan.bank, [candidate], cost, basis=plan.reference)
-    finalist = resolve_anew(bench, finalist, cost)
+    ranked = rank(bench, plan.bank, candidates, cost, basis=plan.reference)
+    elected, rival = elect(ranked, cost)
+    two = [elected, *([rival] if rival and rival is not elected else [])]
+    refined = [resolve_anew(bench, one, cost) for one in two]
+    finalist = min(refined, key=lambda one: cost(one.choice))
+    refining = time.process_time() - began - searched
+    candidate = finalist.candidate
     found = bench.measure(candidate.policy, finalist.bank, "report")
     assert found.quality is not None
     nll, perplexity = found.quality.nll.double(), found.metrics["perplexity"]
     return {
         "origin": candidate.origin,
         "search_cpu_s": searched,
+        "refine_cpu_s": refining,
         "resolved": finalist.resolved,
+        "mixed_sites": len(finalist.mix.sites) if finalist.mix else 0,
+        "choice_kl_of": {
+            one.candidate.origin: one.choice.metrics["kl"] for one in refined
+        },
         "fitness_kl": candidate.fitness["kl"],
         "choice_kl": finalist.choice.metrics["kl"],
         "report_perplexity": perplexity,
