@@ -134,6 +134,8 @@ def _quantizing() -> Iterator[Setting]:
         for method in ("rtn", "hqq", "slim_quant", "smoothquant", "awq", "gptq"):
             action = f"{method}(bits={bits}, group=64)"
             yield _everywhere(f"{method}-{bits}bit", action)
+        action = f"rtn(bits={bits}, group=64, symmetric=true)"
+        yield _everywhere(f"rtn-symmetric-{bits}bit", action)
         action = f"gptq(bits={bits}, group=64, act_order=false)"
         yield _everywhere(f"gptq-in-order-{bits}bit", action)
     for method in ("int8_dynamic", "fp8"):
