@@ -84,6 +84,7 @@ def test_the_end_tells_what_is_predicted_and_how_surely(
     assert ratio < slow < 1
     assert any("not measured on a GPU yet" in note for note in listener.notes)
     assert any("autoprune profile" in note for note in listener.notes)
+    assert any("are removed as cut out" in note for note in listener.notes)
 
 
 def test_a_run_is_solved_for_another_time(
