@@ -34,9 +34,10 @@ def format_of(storage: Storage) -> str:
             form = "fp8-tensor" if storage.code.endswith("tensor") else "fp8-row"
         elif storage.bits == 8 and storage.code == INTEGERS and storage.symmetric:
             form = "int8" if storage.group is None else f"int8-g{storage.group}"
-        elif whole:
-            rows = f"-g{storage.group}" if storage.group else ""
-            form = f"int{storage.bits}{rows}"
+        elif whole and storage.group is not None:
+            form = f"int{storage.bits}-g{storage.group}"
+        elif whole:  # a scale a row, and zero points that no 8-bit kernel takes
+            form = f"int{storage.bits}-rows"
         else:
             form = storage.code
     if not _is_two_of_four(storage):

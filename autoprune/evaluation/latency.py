@@ -21,10 +21,7 @@ from autoprune.evaluation.metric import Evidence, Metric, Scene
 from autoprune.latency.device import Device
 from autoprune.latency.estimate import Estimate, Term, credited
 from autoprune.latency.predict import Forecast
-from autoprune.latency.shape import (
-    of_attention,
-    of_mlp,
-)
+from autoprune.latency.shape import of_attention, of_mlp
 from autoprune.latency.workload import Workload
 from autoprune.policy import Layer
 

@@ -76,6 +76,7 @@ def policy(
         ("rtn(bits=4, group=64)", "int4-g64"),
         ("rtn(bits=3, group=64)", "int3-g64"),
         ("rtn(bits=8, group=64)", "int8-g64"),
+        ("rtn(bits=8)", "int8-rows"),
         ("int8_dynamic", "int8"),
         ("fp8", "fp8-row"),
         ("fp8(per=tensor)", "fp8-tensor"),
