@@ -68,6 +68,12 @@ def test_a_run_is_solved_for_another_time(
     solved = json.loads(found.stdout)
     assert solved["metrics"][NAME] <= 0.6 * finals["dense"][NAME]
     assert policy.exists()
+    assert "data sheet of a100; not measured on a GPU yet" in solved["model"]
+
+
+def test_status_says_what_times_come_from(ended: tuple[Path, Result]) -> None:
+    shown = " ".join(must("status", ended[0]).stdout.split())
+    assert "times are predicted, from the data sheet of a100; not measured" in shown
 
 
 @pytest.mark.parametrize(

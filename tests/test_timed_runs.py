@@ -10,6 +10,7 @@ from tiny_runs import config_of, write_text
 from autoprune.config import RunConfig
 from autoprune.errors import ConfigError, ProfileError
 from autoprune.reporting.observer import Observer
+from autoprune.reporting.status import RunStatus
 from autoprune.run import SearchResult, search
 from autoprune.solving import solve
 
@@ -111,6 +112,8 @@ def test_time_is_an_axis_of_the_front(
     found = search(config, tmp_path / "run")
     good = found.trials[found.trials.state == "complete"]
     assert good[NAME].nunique() > 1
+    status = RunStatus.read(found.run_dir)
+    assert status.goals == (("kl", "minimize"), (NAME, "minimize"))
 
 
 def test_time_weighs_in_a_reward_as_size_does(

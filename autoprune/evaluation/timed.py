@@ -7,7 +7,11 @@ from typing import Any
 from autoprune.compression.storage import Storage
 from autoprune.config import LatencyConfig
 from autoprune.evaluation.anatomy import Anatomy
-from autoprune.evaluation.latency import LatencyMs, latency_metrics
+from autoprune.evaluation.latency import (
+    LatencyMs,
+    latency_metric_name,
+    latency_metrics,
+)
 from autoprune.evaluation.workbench import Workbench
 from autoprune.latency.device import Device, LatencyBackend
 from autoprune.latency.opening import open_device
@@ -57,6 +61,13 @@ def read_workloads(
         else:
             found += [Workload.from_dict(name, data) for name, data in entry.items()]
     return [workload.on(device.kind) for workload in found]
+
+
+def latency_metric_names(wanted: LatencyConfig | None) -> list[str]:
+    """Name the metrics that a configuration brings."""
+    entries = wanted.workloads if wanted else []
+    named = [[one] if isinstance(one, str) else list(one) for one in entries]
+    return [latency_metric_name(name) for names in named for name in names]
 
 
 def latencies(bench: Workbench) -> list[LatencyMs]:

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.errors import RunError
+from autoprune.evaluation.timed import latency_metric_names
 from autoprune.plugins import load_plugins
 from autoprune.searching.formulate import front_goals, goals_of
+from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Direction, Objective, front_in
 from autoprune.searching.rows import Trial
-from autoprune.searching.runs import FINALS, parts_in, read_config, read_trials
+from autoprune.searching.runs import (
+    FINALS,
+    parts_in,
+    read_config,
+    read_trials,
+    times_basis,
+)
 
 SHOWN = 5
 """Best trials that are told of where one metric decides."""
@@ -31,6 +39,7 @@ class RunStatus:
             in size and divergence.
         wanted: Trials that the run shall have; None if time alone ends it.
         finals: The last choice, as in ``finals.json``; empty before it is made.
+        times: What predicted times come from; None if the run has none.
         further: Of every further part of the run, such as ``round-2``: its best trials,
             and how many it has.
     """
@@ -43,6 +52,7 @@ class RunStatus:
     wanted: int | None
     finals: Mapping[str, Any]
     further: Mapping[str, tuple[Sequence[Trial], int]] = field(default_factory=dict)
+    times: str | None = None
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunStatus":
@@ -56,7 +66,9 @@ class RunStatus:
         trials = read_trials(run_dir)
         config = read_config(run_dir)
         metrics = load_plugins(config.plugins).objects["metrics"]
-        goals = goals_of(metrics, config.objective)
+        directions = {name: metric.direction for name, metric in metrics.items()}
+        directions |= dict.fromkeys(latency_metric_names(config.latency), "minimize")
+        goals = goals_of(directions, config.objective)
         further = {name: read_trials(run_dir / name) for name in parts_in(run_dir)}
         return cls(
             run_dir,
@@ -67,6 +79,7 @@ class RunStatus:
             config.search.trials,
             _finals(run_dir / FINALS),
             {name: (_best(rows, goals), len(rows)) for name, rows in further.items()},
+            _times(run_dir),
         )
 
     @property
@@ -136,3 +149,8 @@ def _finals(path: Path) -> dict[str, Any]:
         raise RunError(
             f"cannot read {path}: {error}. Run the search again; its trials are kept"
         ) from error
+
+
+def _times(run_dir: Path) -> str | None:
+    with Ledger.read(run_dir) as ledger:
+        return times_basis(ledger.fingerprint)

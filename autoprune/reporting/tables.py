@@ -72,6 +72,8 @@ def status_parts(status: "RunStatus") -> list[str | Table]:
             pace += f", {duration(status.left_s)} left at that pace"
         ended = status.trials[-1].finished[:19].replace("T", " ")
         parts.append(f"{pace}; the last ended {ended} UTC")
+    if status.times:
+        parts.append(f"times are predicted, from {status.times}")
     goals = [name for name, _ in status.goals]
     if status.best:
         parts.append(trials_table(status.best, goals, title="Best trials"))

@@ -188,7 +188,8 @@ def make_objective(bench: Workbench, wanted: ObjectiveConfig) -> Objective:
             )
         direction = bench.metric(name).direction
         limits.append(Bound(name, limit.absolute(dense), direction))
-    return Objective(goals_of(bench.metrics, wanted), tuple(limits))
+    directions = {name: metric.direction for name, metric in bench.metrics.items()}
+    return Objective(goals_of(directions, wanted), tuple(limits))
 
 
 def read_reward(
@@ -212,7 +213,7 @@ def read_reward(
 
 
 def goals_of(
-    metrics: Mapping[str, Metric], wanted: ObjectiveConfig
+    directions: Mapping[str, Direction], wanted: ObjectiveConfig
 ) -> tuple[tuple[str, Direction], ...]:
     """Name the metrics that a search is after, each with its direction.
 
@@ -226,9 +227,9 @@ def goals_of(
         return (("reward", "maximize"),)
     names = wanted.pareto or [wanted.metric or "kl"]
     for name in names:
-        if name not in metrics:
-            raise ConfigError(unknown_name("metric", name, metrics))
-    return tuple((name, metrics[name].direction) for name in names)
+        if name not in directions:
+            raise ConfigError(unknown_name("metric", name, directions))
+    return tuple((name, directions[name]) for name in names)
 
 
 def front_goals(

@@ -67,6 +67,12 @@ def read_winner(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
+def times_basis(fingerprint: Mapping[str, Any]) -> str | None:
+    """Say what the times of a run come from; None if it has none."""
+    found = fingerprint.get("latency")
+    return str(found["device"]) if found else None
+
+
 def read_trials(folder: Path) -> list[Trial]:
     """Read all trials, also while the run goes on.
 

@@ -16,6 +16,7 @@ from autoprune.searching.ledger import Ledger
 from autoprune.searching.problem import Problem
 from autoprune.searching.refit import fit_multipliers
 from autoprune.searching.rows import Trial
+from autoprune.searching.runs import times_basis
 from autoprune.searching.slopes import SiteSlopes
 
 Costs = NDArray[np.float64]
@@ -78,13 +79,15 @@ def solve_front(run_dir: Path, metric: str, count: int) -> list[Solution]:
 def _model(run_dir: Path) -> tuple[FrozenProblem, Costs, str]:
     with Ledger.read(run_dir) as ledger:
         trials, slopes = ledger.trials(), ledger.slopes()
+        basis = times_basis(ledger.fingerprint)
+    times = f"; times from {basis}" if basis else ""
     frozen = FrozenProblem.read(run_dir)
     if frozen.costs is not None:
         costs = np.maximum(frozen.costs, 0) * _multipliers(frozen, trials)[:, None]
-        return frozen, costs, "sensitivities, fitted to the trials"
+        return frozen, costs, f"sensitivities, fitted to the trials{times}"
     if slopes:
         number = max(slopes)
-        return frozen, _prices_at(slopes[number]), f"slopes at trial {number}"
+        return frozen, _prices_at(slopes[number]), f"slopes at trial {number}{times}"
     raise RunError(
         f"{run_dir} has neither sensitivities nor slopes to solve with. Search with a "
         "strategy that measures them (gradient, allocation, knobs), or longer: rivals "

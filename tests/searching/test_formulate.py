@@ -19,6 +19,7 @@ from autoprune.searching.formulate import (
     is_additive,
     make_objective,
 )
+from autoprune.searching.objective import Direction
 from autoprune.searching.objective import Limit as Bound
 from autoprune.searching.problem import Problem
 
@@ -219,6 +220,10 @@ def test_limits_that_do_not_add_up_are_left_to_trials(bench: Workbench) -> None:
     )
 
 
+def directions(bench: Workbench) -> dict[str, Direction]:
+    return {name: metric.direction for name, metric in bench.metrics.items()}
+
+
 @pytest.mark.parametrize(
     ("given", "goals"),
     [
@@ -239,12 +244,12 @@ def test_what_is_wanted(
     bench: Workbench,
 ) -> None:
     wanted = ObjectiveConfig(**given)  # type: ignore[arg-type]
-    assert goals_of(bench.metrics, wanted) == goals
+    assert goals_of(directions(bench), wanted) == goals
 
 
 def test_an_unknown_goal_is_named(bench: Workbench) -> None:
     with pytest.raises(ConfigError, match="unknown metric 'perplexty'. Did you mean"):
-        goals_of(bench.metrics, ObjectiveConfig(pareto=["kl", "perplexty"]))
+        goals_of(directions(bench), ObjectiveConfig(pareto=["kl", "perplexty"]))
 
 
 def test_the_front_is_of_size_and_divergence_unless_named() -> None:
