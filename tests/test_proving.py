@@ -1,7 +1,6 @@
 """Exports by the clock, on this machine's processor; predictions of a real profile."""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -118,9 +117,3 @@ def test_what_cannot_be_run_is_told(checkpoint: Path, int8: Path) -> None:
         prove(int8, device="h10")
     with pytest.raises(ExportError, match="there is no folder"):
         prove(checkpoint / "nothing", device=PROFILE)
-
-
-def test_no_warning_reaches_the_user(int8: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        proven(int8)
