@@ -141,6 +141,11 @@ def test_time_weighs_in_a_reward_as_size_does(
         ({"device": "h101"}, ProfileError, "h101.*Did you mean 'h100'"),
         ({"device": "h100", "workloads": ["decod"]}, ConfigError, "'decode'"),
         (
+            {"device": "h100", "workloads": ["decode", {"decode": LONG["long"]}]},
+            ConfigError,
+            "two workloads make the metric 'latency_decode_ms'",
+        ),
+        (
             {"device": "h100", "workloads": [{"x": {"batch": 1, "prompt": 2}}]},
             ConfigError,
             "'x': output is missing",

@@ -6,6 +6,7 @@ from typing import Any
 
 from autoprune.compression.storage import Storage
 from autoprune.config import LatencyConfig
+from autoprune.errors import ConfigError
 from autoprune.evaluation.anatomy import Anatomy
 from autoprune.evaluation.latency import (
     LatencyMs,
@@ -52,7 +53,7 @@ def read_workloads(
         device: Where they run.
 
     Raises:
-        ConfigError: If one is unknown or impossible.
+        ConfigError: If one is unknown or impossible, or two have one name.
     """
     found = []
     for entry in entries:
@@ -60,6 +61,11 @@ def read_workloads(
             found.append(find_workload(entry))
         else:
             found += [Workload.from_dict(name, data) for name, data in entry.items()]
+    names = [latency_metric_name(workload.name) for workload in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"two workloads make the metric {twice[0]!r}. Give each its own name"
+        )
     return [workload.on(device.kind) for workload in found]
 
 

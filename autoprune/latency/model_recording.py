@@ -16,7 +16,7 @@ from autoprune.latency.journal import Journal
 from autoprune.latency.kernels import Kernel
 from autoprune.latency.model_running import build_model, pass_of, tune
 from autoprune.latency.profiles import Point
-from autoprune.latency.recording import OK, Deadline, Tell
+from autoprune.latency.recording import OK, Deadline, Tell, timed
 from autoprune.latency.running import generator_on
 from autoprune.latency.timing import Call, CudaTimer, Timing
 from autoprune.latency.whole_models import Step, variation_of
@@ -186,13 +186,7 @@ class ModelRecorder:
     def _keep(self, point: Point, timing: Timing | None, status: str) -> None:
         found = replace(point, order=self._order, status=status)
         if timing is not None and status == OK:
-            found = replace(
-                found,
-                us=timing.us,
-                us_min=timing.us_min,
-                us_p90=timing.us_p90,
-                repeats=timing.repeats,
-            )
+            found = timed(found, timing)
         self._order += 1
         self.journal.add(found)
 

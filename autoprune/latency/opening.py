@@ -36,11 +36,13 @@ class Profiles(LatencyBackend):
             return _recorded(find_profile(device))
         if device == CPU:
             return _processor()
-        try:
-            sheet = find_datasheet(device)
-        except ProfileError:
-            return None  # data sheets come last, and tell what they know
-        own = [profile for profile, origin in _gpus() if origin == sheet]
+        sheet = _sheet_of(device)
+        own = [
+            profile
+            for profile in _gpus()
+            if device == (name := str(profile.device["name"]))
+            or (sheet is not None and _sheet_of(name) == sheet)
+        ]
         return _recorded(own[-1]) if own else None
 
 
@@ -57,7 +59,8 @@ class Datasheets(LatencyBackend):
             ProfileError: If nothing is known of it; lists near misses.
         """
         sheet = find_datasheet(device)
-        others = _nearest(_gpus(), sheet)
+        pairs = [(one, _sheet_of(str(one.device["name"]))) for one in _gpus()]
+        others = _nearest([(one, origin) for one, origin in pairs if origin], sheet)
         sources: list[Source] = [
             Carried(_measured(profile), origin, sheet) for profile, origin in others
         ]
@@ -93,22 +96,26 @@ def open_device(name: str, backends: Iterable[LatencyBackend] = BUILT_IN) -> Dev
     )
 
 
-def _gpus() -> list[tuple[Profile, Datasheet]]:
-    """Read the known profiles of GPUs, each with its data sheet."""
-    shipped = (find_profile(name) for name in known_profiles())
-    return [
-        (profile, find_datasheet(str(profile.device["name"])))
-        for profile in shipped
-        if profile.kind == "cuda"
-    ]
+def _gpus() -> list[Profile]:
+    """Read the known profiles of GPUs."""
+    known = (find_profile(name) for name in known_profiles())
+    return [profile for profile in known if profile.kind == "cuda"]
+
+
+def _sheet_of(device: str) -> Datasheet | None:
+    """Find the data sheet of a GPU; None of one that is not known on paper."""
+    try:
+        return find_datasheet(device)
+    except ProfileError:
+        return None
 
 
 def _recorded(profile: Profile) -> Device:
     """Open a device by its own profile, with its data sheet for what that lacks."""
     sources: list[Source] = [_measured(profile)]
-    if profile.kind == "cuda":
-        sources.append(Paper(find_datasheet(str(profile.device["name"]))))
     name = str(profile.device["name"])
+    if profile.kind == "cuda" and (sheet := _sheet_of(name)) is not None:
+        sources.append(Paper(sheet))
     basis = f"{profile.name}, recorded {profile.created[:10]}"
     return Device(name, Predictor(Chain(sources)), basis, profile.kind, profile.name)
 

@@ -220,14 +220,7 @@ class Recorder:
     def _keep(self, point: Point, timing: Timing | None, status: str) -> None:
         found = replace(point, order=self._order, status=status)
         if timing is not None:
-            found = replace(
-                found,
-                us=timing.us,
-                us_min=timing.us_min,
-                us_p90=timing.us_p90,
-                repeats=timing.repeats,
-                note=timing.why,
-            )
+            found = replace(timed(found, timing), note=timing.why)
         self._order += 1
         self.journal.add(found)
 
@@ -244,6 +237,17 @@ class Recorder:
             torch.cuda.synchronize()
         except RuntimeError as lost:
             raise RuntimeError(f"the GPU is lost, after: {error}") from lost
+
+
+def timed(point: Point, timing: Timing) -> Point:
+    """Give a point with the times that were taken."""
+    return replace(
+        point,
+        us=timing.us,
+        us_min=timing.us_min,
+        us_p90=timing.us_p90,
+        repeats=timing.repeats,
+    )
 
 
 def _weight_of(point: Point) -> tuple[str, str, int, int]:

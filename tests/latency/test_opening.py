@@ -54,6 +54,18 @@ def test_another_device_is_told_by_the_profile_of_the_nearest(recorded: Path) ->
     assert tier(device) is Tier.TABLE_TRANSFERRED
 
 
+def test_a_recorded_device_needs_no_data_sheet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOPRUNE_PROFILES", str(tmp_path))
+    made = profile(points("torch.mm.bf16"), name="NVIDIA T4", capability=[7, 5])
+    folder = made.write(tmp_path)
+    for name in (str(folder), "synthetic", "NVIDIA T4"):
+        assert tier(open_device(name)) is Tier.TABLE_EXACT
+    # It stands in nobody's way: what cannot be scaled is not carried over.
+    assert tier(open_device("a100")) is Tier.ROOFLINE_DATASHEET
+
+
 def test_without_any_profile_the_data_sheet_is_left() -> None:
     device = open_device("rtx 4090")
     assert tier(device) is Tier.ROOFLINE_DATASHEET
