@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from autoprune.evaluation.reward import Reward
     from autoprune.exporting.exporter import Exporter
     from autoprune.exporting.folder import load
+    from autoprune.exporting.verification import verify
     from autoprune.hookspecs import hookimpl
     from autoprune.latency.device import Device, LatencyBackend
     from autoprune.models.layers import Architecture
@@ -96,6 +97,7 @@ __all__ = [
     "load_plugins",
     "prove",
     "search",
+    "verify",
 ]
 
 _HOMES = {
@@ -106,6 +108,7 @@ _HOMES = {
     "config": ("RunConfig",),
     "deliver": ("export",),
     "exporting.folder": ("load",),
+    "exporting.verification": ("verify",),
     "transfer": ("apply", "evaluate"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "evaluation.metric": ("Metric",),

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autoprune import latency_commands, plugin_commands
+from autoprune import export_commands, latency_commands, plugin_commands
 from autoprune.commands import (
     configure,
     new_folder,
@@ -17,7 +17,6 @@ from autoprune.commands import (
 )
 from autoprune.options import (
     AsJson,
-    Force,
     Latency,
     Model,
     Modules,
@@ -31,7 +30,6 @@ from autoprune.options import (
 from autoprune.reporting.session import (
     observing,
     session,
-    tell_exports,
     tell_search,
     tell_solutions,
     write,
@@ -171,70 +169,6 @@ def evaluate(
 
 
 @app.command()
-def export(
-    run: Run,
-    *,
-    trial: Annotated[
-        str | None, typer.Option(help="A trial, not the winner: 13, or round-2/13.")
-    ] = None,
-    front: Annotated[bool, typer.Option("--front", help="All of the front.")] = False,
-    target: Target = None,
-    out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
-    force: Force = False,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
-    """Export the winner of a run, a trial or the front, and verify it."""
-    if front and trial is not None:
-        raise typer.BadParameter("give --trial or --front, not both")
-    with session(verbose=verbose) as console:
-        from autoprune import deliver
-
-        with observing(console) as observer:
-            reports = deliver.export(
-                run_folder(run),
-                out=out,
-                trial=trial,
-                front=front,
-                target=target,
-                force=force,
-                observer=observer,
-            )
-        tell_exports(reports, as_json=as_json)
-
-
-@app.command()
-def apply(
-    policy: Annotated[Path, typer.Argument(help="A policy.json.")],
-    *,
-    model: Annotated[str, typer.Option(help="Folder, hub id, GGUF file, or demo.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    target: Target = None,
-    text: Text = None,
-    plugin: Modules = None,
-    force: Force = False,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
-    """Put a policy on another checkpoint of the same shape, and export it."""
-    with session(verbose=verbose) as console:
-        from autoprune import transfer
-
-        with observing(console) as observer:
-            report = transfer.apply(
-                policy,
-                model=model,
-                out=out,
-                target=target or TARGETS[0],
-                text=text_config(text),
-                force=force,
-                plugins=plugin or [],
-                observer=observer,
-            )
-        tell_exports([report], as_json=as_json)
-
-
-@app.command()
 def solve(
     run: Run,
     *,
@@ -295,5 +229,6 @@ def demo(
         tell_search(result, as_json=as_json, exports=reports)
 
 
+export_commands.register(app)
 plugin_commands.register(app)
 latency_commands.register(app)

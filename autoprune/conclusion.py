@@ -6,8 +6,7 @@ from typing import Any
 
 from autoprune.errors import BudgetError, RunError
 from autoprune.evaluation.provenance import made_for, measured_on
-from autoprune.evaluation.workbench import Workbench
-from autoprune.policy import Policy
+from autoprune.evaluation.targets import sizes_by_target
 from autoprune.reporting.observer import Observer
 from autoprune.searching.finals import (
     Cost,
@@ -82,13 +81,13 @@ def conclude(
     shown = [*resolved, *_beaten(ranked, rival)]
     reports = [
         report(plan.bench, finalist)
-        | {"sizes": _sizes(plan.bench, finalist.candidate.policy)}
+        | {"sizes": sizes_by_target(plan.bench, finalist.candidate.policy)}
         for finalist in shown
     ]
     gain = gains(elected, rival, cost) if rival else ()
     return winner, {
         "dense": plan.bench.dense_metrics("report"),
-        "dense_sizes": _sizes(plan.bench, plan.bench.dense_policy()),
+        "dense_sizes": sizes_by_target(plan.bench, plan.bench.dense_policy()),
         "winner": reports[shown.index(winner)],
         "gain_over_rival": dict(zip(("fitness", "choice"), gain, strict=False)),
         "rivals": [
@@ -133,16 +132,6 @@ def _beaten(ranked: Sequence[Finalist], rival: Finalist | None) -> list[Finalist
     best = {rival_kind(one.candidate.origin): one for one in reversed(ranked)}
     shown = rival_kind(rival.candidate.origin) if rival else None
     return [one for kind, one in best.items() if kind not in (None, shown)]
-
-
-def _sizes(bench: Workbench, policy: Policy) -> dict[str, int]:
-    """Tell the bytes of a policy in every export target, the run's own first."""
-    storages = bench.storages(policy)
-    exporters = {bench.exporter.name: bench.exporter, **bench.exporters}
-    return {
-        name: exporter.size_bytes(storages, bench.untouched)
-        for name, exporter in exporters.items()
-    }
 
 
 def winner_record(

@@ -2,20 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from autoprune.compression.bank import VariantBank
 from autoprune.errors import RunError
 from autoprune.evaluation.provenance import bank_of, made_for, measured_on
+from autoprune.evaluation.targets import check_target, sizes_by_target
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.folder import write_export
-from autoprune.exporting.verification import (
-    ROTATED_TOLERANCE,
-    TOLERANCE,
-    Verification,
-    verify_export,
-)
+from autoprune.exporting.probe import Probe
+from autoprune.exporting.verification import Expected, Verification, verify_export
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.card import model_card
@@ -44,6 +42,7 @@ class ExportReport:
         metrics: What the policy scored on the report split.
         verified: What a fresh process found that loaded it again.
         notes: What the target made of the actions.
+        usage: The lines that load it.
     """
 
     folder: Path
@@ -53,6 +52,7 @@ class ExportReport:
     metrics: Mapping[str, float]
     verified: Verification
     notes: Sequence[str] = ()
+    usage: str = ""
 
 
 def export(
@@ -140,50 +140,50 @@ def export_policy(
     Raises:
         ExportError: If it cannot be written or fails its verification.
     """
-    measured = bench.measure(policy, bank, "report")
-    storages = bench.storages(policy)
-    exporter = bench.exporters[target]
-    size = exporter.size_bytes(storages, bench.untouched)
-    rotated = any(storage.hidden is not None for storage in storages.values())
-    verified: list[Verification] = []
-
-    def check(made: Path) -> Verification:
-        verified.append(
-            verify_export(
-                made,
-                bench.splits["report"].ids,
-                task=bench.task.name,
-                perplexity=measured.metrics["perplexity"],
-                size_bytes=size,
-                compute_dtype=bench.compute_dtype,
-                plugins=plugins,
-                tolerance=ROTATED_TOLERANCE if rotated else TOLERANCE,
-            )
-        )
-        return verified[0]
-
-    dense = bench.scene().dense_storages
+    storages, exporter = bench.storages(policy), bench.exporters[target]
+    check_target(bench, policy, target)
+    measured, ids = bench.measure(policy, bank, "report"), bench.splits["report"].ids
+    expected = Expected(
+        task=bench.task.name,
+        ids=ids.tolist(),
+        perplexity=measured.metrics["perplexity"],
+        size_bytes=exporter.size_bytes(storages, bench.untouched),
+        probe=Probe.take(bench.task, bench.stitched.model, bench.tokenizer, ids),
+        bounds=exporter.bounds(storages),
+        compute_dtype=str(bench.compute_dtype).removeprefix("torch."),
+    )
+    dense = sizes_by_target(bench, bench.dense_policy())
     sizes = {
-        name: {
-            "dense": other.size_bytes(dense, bench.untouched),
-            "compressed": other.size_bytes(storages, bench.untouched),
-        }
-        for name, other in bench.exporters.items()
+        name: {"dense": dense[name], "compressed": size}
+        for name, size in sizes_by_target(bench, policy).items()
     }
-    folder = write_export(
+    verified = write_export(
         exporter,
         bench.job(policy, bank),
         place,
         policy=policy,
         tokenizer=bench.tokenizer,
-        size_bytes=size,
-        record={**record, "sizes": sizes},
+        expected=expected,
+        record={**record, "sizes": sizes, "splits": _splits(bench)},
         card=model_card,
-        check=check,
+        check=partial(verify_export, plugins=plugins),
         force=force,
     )
-    figures, notes = measured.metrics, exporter.notes(storages)
-    return ExportReport(folder, target, policy, size, figures, verified[0], notes)
+    return ExportReport(
+        place.absolute(),
+        target,
+        policy,
+        expected.size_bytes,
+        measured.metrics,
+        verified,
+        exporter.notes(storages),
+        exporter.usage(str(place.absolute()), bench.task.auto_class),
+    )
+
+
+def _splits(bench: Workbench) -> dict[str, str]:
+    """Tell the fingerprint of every split of the text."""
+    return {name: windows.fingerprint for name, windows in bench.splits.items()}
 
 
 def _chosen(

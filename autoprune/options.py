@@ -14,7 +14,7 @@ Latency = Annotated[
     list[str] | None,
     typer.Option(metavar="WORKLOAD=LIMIT", help="Most time: decode=60%; repeatable."),
 ]
-Target = Annotated[str | None, typer.Option(help="packed or transformers.")]
+Target = Annotated[str | None, typer.Option(help="Export target: packed, gguf ...")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an export.")]
 Modules = Annotated[
     list[str] | None,

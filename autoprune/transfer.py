@@ -12,8 +12,8 @@ from autoprune.errors import PolicyError
 from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.folder import POLICY_FILE
+from autoprune.exporting.fresh_process import measure
 from autoprune.exporting.marker import MARKER
-from autoprune.exporting.verification import measure
 from autoprune.models.checkpoints import Checkpoint, load_tokenizer
 from autoprune.models.text import load_splits
 from autoprune.plugins import Plugins, load_plugins

@@ -1,18 +1,18 @@
 """The target ``packed``: AutoPrune's own layout, which stores what a policy keeps.
 
-The weights are in ``packed.safetensors``: for each layer the parts of its variant,
-named ``<layer>.<part>``, and every other tensor under its own name, tied ones once. It
-is not called ``model.safetensors`` because plain transformers would open that, find
-none of the layers, and go on with random ones after a mere warning.
+The weights are in ``packed.safetensors``, or in several such files with an index: for
+each layer the parts of its variant, named ``<layer>.<part>``, and every other tensor
+under its own name, tied ones once. They are not called ``model.safetensors`` because
+plain transformers would open that, find none of the layers, and go on with random ones
+after a mere warning.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -22,8 +22,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from autoprune.compression.storage import Part, Storage
 from autoprune.compression.variant import Variant
 from autoprune.errors import ExportError, ModelError
-from autoprune.exporting.exporter import Exporter, ExportJob
+from autoprune.exporting.digests import digest
+from autoprune.exporting.exporter import Digests, Exporter, ExportJob, in_order
 from autoprune.exporting.marker import MARKER, read_marker, write_marker
+from autoprune.exporting.weight_files import write_weight_files
 from autoprune.hookspecs import hookimpl
 from autoprune.models.biases import bias_of, put_bias
 from autoprune.models.checkpoints import load_model
@@ -32,10 +34,14 @@ from autoprune.models.loading import first_line, quiet
 from autoprune.models.weights import dtype_name, parameter_of
 from autoprune.policy import DENSE, Layer
 
-WEIGHTS = "packed.safetensors"
-"""Name of the weight file."""
+STEM = "packed"
+"""What the weight files are called before ``.safetensors``."""
 
-_NEEDS = {"auto_class": str, "dtype": str, "sha256": str, "layers": dict}
+WEIGHTS = f"{STEM}.safetensors"
+"""Name of the weight file where one is enough."""
+
+_NEEDS = {"auto_class": str, "dtype": str, "files": dict, "layers": dict}
+_AGAIN = "Copy the folder again, or export the model again."
 
 
 class Packed(Exporter):
@@ -43,6 +49,10 @@ class Packed(Exporter):
 
     name = "packed"
     stores = "kept values, masks, codes, scales; nothing for a zero but its mask"
+    loads_in = (
+        "autoprune.load, as a model of transformers; there every layer has its full "
+        "size again, and zeros and codes save neither memory nor time"
+    )
 
     def tensors(self, layer: Layer, storage: Storage) -> dict[str, Part]:
         """Name the parts of a layer's variant."""
@@ -52,7 +62,7 @@ class Packed(Exporter):
         """Say that the tensors are torch's."""
         return {"format": "pt"}
 
-    def write(self, folder: Path, job: ExportJob) -> None:
+    def write(self, folder: Path, job: ExportJob) -> Digests:
         """Write the weights, the configuration and the marker.
 
         Raises:
@@ -60,15 +70,31 @@ class Packed(Exporter):
                 disk is full.
         """
         model = load_model(job.checkpoint, job.auto_class)
-        untouched, state = (
-            untouched_parameters(model, job.inventory),
-            model.state_dict(),
+        untouched = {
+            name: Part(*about)
+            for name, about in untouched_parameters(model, job.inventory).items()
+        }
+        digests: Digests = {}
+        state = model.state_dict()
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name in untouched:
+                yield name, state[name]
+            for layer in in_order(job.inventory.layers):
+                variant = _declared(layer, job)
+                if variant.low_rank is None:  # a product may round in another order
+                    digests[layer.name] = digest(variant.weight)
+                for part, tensor in variant.pack().items():
+                    yield f"{layer.name}.{part}", tensor
+
+        files = write_weight_files(
+            folder,
+            self.declared(job.storages, untouched),
+            tensors(),
+            metadata=self.metadata(),
+            stem=STEM,
+            limit=self.shard_bytes,
         )
-        tensors = {name: state[name].contiguous() for name in untouched}
-        for layer in job.inventory.layers:
-            for part, tensor in _pack(layer, job).items():
-                tensors[f"{layer.name}.{part}"] = tensor
-        safetensors.torch.save_file(tensors, folder / WEIGHTS, self.metadata())
         model.config.architectures = [type(model).__name__]
         model.config.dtype = model.dtype  # a checkpoint's own may be wrong
         model.config.save_pretrained(folder)
@@ -84,9 +110,10 @@ class Packed(Exporter):
             target=self.name,
             auto_class=job.auto_class,
             dtype=dtype_name(next(model.parameters())),
-            sha256=_sha256(folder / WEIGHTS),
+            files={file.name: _sha256(file) for file in files},
             layers=layers,
         )
+        return digests
 
     def load(self, folder: Path) -> PreTrainedModel:
         """Read the model back, every layer at full size.
@@ -96,28 +123,29 @@ class Packed(Exporter):
         """
         marker = read_marker(folder, target=self.name, needs=_NEEDS)
         storages = _storages(folder, marker)
-        tensors = _read(folder / WEIGHTS, marker["sha256"])
+        tensors = _read(folder, marker["files"])
         parts = {
             layer: {
-                name: _take(tensors, f"{layer.name}.{name}", part, folder / WEIGHTS)
+                name: _take(tensors, f"{layer.name}.{name}", part, folder)
                 for name, part in storage.parts.items()
             }
             for layer, storage in storages.items()
         }
         model = _build(folder, marker, tensors=tensors, layers=list(storages))
         for layer, storage in storages.items():
-            weight = Variant.unpack(storage, parts[layer]).weight
+            weight = Variant.unpack(storage, parts.pop(layer)).weight
             try:
                 write_weight(model, layer, weight)
                 put_bias(model, layer, bias_of(weight))
             except ModelError as error:
                 raise ExportError(
-                    f"{folder / WEIGHTS} does not fit config.json: {error}"
+                    f"the weights in {folder} do not fit config.json: {error}"
                 ) from error
         return model
 
 
-def _pack(layer: Layer, job: ExportJob) -> dict[str, Tensor]:
+def _declared(layer: Layer, job: ExportJob) -> Variant:
+    """Give a layer's variant, which has to store what was declared."""
     variant = job.variant(layer)
     if variant.storage != job.storages[layer]:
         raise ExportError(
@@ -125,7 +153,7 @@ def _pack(layer: Layer, job: ExportJob) -> dict[str, Tensor]:
             f"{job.storages[layer]} was declared. The method "
             f"{str(job.actions.get(layer, DENSE))!r} breaks its contract."
         )
-    return variant.pack()
+    return variant
 
 
 def _storages(folder: Path, marker: Mapping[str, Any]) -> dict[Layer, Storage]:
@@ -147,32 +175,38 @@ def _storages(folder: Path, marker: Mapping[str, Any]) -> dict[Layer, Storage]:
     return storages
 
 
-def _read(file: Path, sha256: str) -> dict[str, Tensor]:
-    """Read all tensors, after checking that the file is what was written."""
-    again = "Copy the folder again, or export the model again."
-    try:
-        found = _sha256(file)
-        if found != sha256:
+def _read(folder: Path, files: Mapping[str, str]) -> dict[str, Tensor]:
+    """Map all tensors, after checking that each file is what was written."""
+    tensors: dict[str, Tensor] = {}
+    for name, sha256 in files.items():
+        file = folder / Path(name).name
+        try:
+            found = _sha256(file)
+            if found != sha256:
+                raise ExportError(
+                    f"{file} is damaged: its {file.stat().st_size} bytes have SHA-256 "
+                    f"{found}, expected {sha256}. {_AGAIN}"
+                )
+            with safe_open(file, framework="pt") as opened:
+                keys = opened.keys()
+                tensors |= {key: opened.get_tensor(key) for key in keys}
+        except OSError as error:
             raise ExportError(
-                f"{file} is damaged: its {file.stat().st_size} bytes have SHA-256 "
-                f"{found}, expected {sha256}. {again}"
-            )
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise ExportError(f"cannot read {file}: {error.strerror}. {again}") from error
-    except SafetensorError as error:
-        raise ExportError(f"{file} is damaged: {error}. {again}") from error
+                f"cannot read {file}: {error.strerror}. {_AGAIN}"
+            ) from error
+        except SafetensorError as error:
+            raise ExportError(f"{file} is damaged: {error}. {_AGAIN}") from error
+    return tensors
 
 
-def _take(tensors: dict[str, Tensor], name: str, part: Part, file: Path) -> Tensor:
+def _take(tensors: dict[str, Tensor], name: str, part: Part, folder: Path) -> Tensor:
     """Take one part out of what was read, as it was declared."""
     tensor = tensors.pop(name, None)
     found = None if tensor is None else Part(dtype_name(tensor), tuple(tensor.shape))
     if tensor is None or found != part:
         raise ExportError(
-            f"{file} does not fit {MARKER}: {name!r} is {found}, expected {part}. "
-            "Export the model again."
+            f"the weights in {folder} do not fit {MARKER}: {name!r} is {found}, "
+            f"expected {part}. Export the model again."
         )
     return tensor
 
@@ -222,7 +256,7 @@ def _build(
     for kind in ("missing", "unexpected", "mismatched"):
         if names := sorted(map(str, info[f"{kind}_keys"])):
             raise ExportError(
-                f"{folder / WEIGHTS} does not fit config.json: {len(names)} tensors "
+                f"the weights in {folder} do not fit config.json: {len(names)} tensors "
                 f"are {kind}, first {names[0]!r}. Export the model again."
             )
     _restore(model, tensors, folder)

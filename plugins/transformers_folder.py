@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -17,25 +16,33 @@ from autoprune.compression.permuting import refuse_permuting
 from autoprune.compression.storage import Part, Storage
 from autoprune.errors import ExportError, ModelError
 from autoprune.exporting.cutting import Cutter, kept_units
+from autoprune.exporting.digests import digest
 from autoprune.exporting.exporter import (
+    CUT,
+    EXACT,
+    ROTATED,
+    Bounds,
+    Digests,
     Exporter,
     ExportJob,
-    header_bytes,
-    safetensors_bytes,
 )
 from autoprune.exporting.folding import fold
 from autoprune.exporting.marker import MARKER, read_marker, write_marker
+from autoprune.exporting.piecewise import Pieces
 from autoprune.exporting.shrinking import Remains
+from autoprune.exporting.weight_files import (
+    header_bytes,
+    weight_file_bytes,
+    write_weight_files,
+)
 from autoprune.hookspecs import hookimpl
-from autoprune.models.biases import bias_of, put_bias
+from autoprune.models.biases import put_bias
 from autoprune.models.checkpoints import Checkpoint, load_model
+from autoprune.models.hidden import HIDDEN
 from autoprune.models.layers import Inventory, write_weight
 from autoprune.models.loading import quiet
 from autoprune.models.weights import dtype_name, expert_of
 from autoprune.policy import Layer
-
-SHARD = "50GB"
-"""Most bytes of one weight file: what transformers does by itself."""
 
 
 class TransformersFolder(Exporter):
@@ -59,6 +66,10 @@ class TransformersFolder(Exporter):
 
     name = "transformers"
     stores = "every weight at full size, but no whole blocks, channels or heads removed"
+    loads_in = (
+        "every tool that reads Hugging Face folders; zeros and codes that have full "
+        "size save neither memory nor time there"
+    )
 
     def __init__(
         self, cutter: Cutter | None = None, layers: tuple[Layer, ...] = ()
@@ -119,12 +130,22 @@ class TransformersFolder(Exporter):
             return self._saved_bytes(cutter, cutter.whole) - less
         return self._saved_bytes(cutter, cutter.decide(storages)[0])
 
+    def usage(self, folder: str, auto_class: str) -> str:
+        """Give the lines that load an export, with plain transformers."""
+        return (
+            f"from transformers import {auto_class}\n\n"
+            f'model = {auto_class}.from_pretrained("{folder}", dtype="auto")'
+        )
+
     def notes(self, storages: Mapping[Layer, Storage]) -> list[str]:
         """Tell what is left out, and what stays as zeros all the same."""
         return self._cutter.decide(storages)[1] if self._cutter else []
 
-    def write(self, folder: Path, job: ExportJob) -> None:
-        """Load the dense model anew, put the variants on it and save it.
+    def write(self, folder: Path, job: ExportJob) -> Digests:
+        """Write the model, piece by piece where transformers names it as in memory.
+
+        A model whose hidden state is rotated, or whose experts are stored one by one,
+        is made whole first and saved by transformers.
 
         Raises:
             ExportError: If a layer gets a bias that the model's class cannot have, or
@@ -132,17 +153,44 @@ class TransformersFolder(Exporter):
         """
         model = load_model(job.checkpoint, job.auto_class)
         cutter = self._cutter or Cutter(model, job.inventory)
-        kept, orders = {}, {}
-        for layer in job.inventory.layers:
-            variant = job.variant(layer)
-            weight = variant.weight
-            if variant.bias is not None and (why := cutter.switches.refuses(layer)):
+        for layer, storage in job.storages.items():
+            if storage.bias and (why := cutter.switches.refuses(layer)):
                 raise ExportError(
                     f"the target {self.name!r} cannot hold {layer.name}: {why}. Export "
                     "it as packed, or take an action without a bias"
                 )
-            write_weight(model, layer, weight)
-            put_bias(model, layer, bias_of(weight))
+        remains = cutter.decide(job.storages)[0]
+        renamed = _saved(cutter, remains).keys() != cutter.empty(remains)[1].keys()
+        if renamed or HIDDEN in dict(remains.units):
+            digests = self._write_whole(folder, model, job, cutter)
+        else:
+            digests = self._write_pieces(folder, Pieces.of(model, job, cutter))
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        write_marker(folder, target=self.name, auto_class=job.auto_class)
+        return digests
+
+    def _write_pieces(self, folder: Path, pieces: Pieces) -> Digests:
+        write_weight_files(
+            folder,
+            _saved(pieces.cutter, pieces.remains),
+            pieces,
+            metadata=self.metadata(),
+            limit=self.shard_bytes,
+        )
+        small, _ = pieces.cutter.empty(pieces.remains)
+        small.config.architectures = [type(small).__name__]
+        small.config.dtype = pieces.model.dtype  # a checkpoint's own may be wrong
+        small.config.save_pretrained(folder)
+        return pieces.digests
+
+    def _write_whole(
+        self, folder: Path, model: Any, job: ExportJob, cutter: Cutter
+    ) -> Digests:
+        kept, orders = {}, {}
+        for layer in job.inventory.layers:
+            variant = job.variant(layer)
+            write_weight(model, layer, variant.weight)
+            put_bias(model, layer, variant.bias)
             kept[layer] = kept_units(layer, variant)
             if variant.order is not None:
                 orders[layer] = variant.order
@@ -153,9 +201,18 @@ class TransformersFolder(Exporter):
             # the dense model's own file is copied instead.
             model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         with quiet():
-            model.save_pretrained(folder, max_shard_size=SHARD)
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        write_marker(folder, target=self.name, auto_class=job.auto_class)
+            model.save_pretrained(folder, max_shard_size=self.shard_bytes)
+        state, names = model.state_dict(), cutter.empty(cutter.whole)[1]
+        return {name: digest(state[name]) for name in state if name in names}
+
+    def bounds(self, storages: Mapping[Layer, Storage]) -> Bounds:
+        """Tell how far a model that is rotated or cut may be from the masked one."""
+        if any(storage.hidden is not None for storage in storages.values()):
+            return ROTATED
+        remains = self._cutter.decide(storages)[0] if self._cutter else None
+        if self._cutter and remains != self._cutter.whole:
+            return CUT
+        return EXACT
 
     def load(self, folder: Path) -> PreTrainedModel:
         """Read the model with transformers.
@@ -179,16 +236,16 @@ class TransformersFolder(Exporter):
     def _saved_bytes(self, cutter: Cutter, remains: Remains) -> int:
         """Tell how large transformers saves what remains of the model."""
         if remains not in self._sizes:
-            model, state = cutter.empty(remains)
-            saved = revert_weight_conversion(model, state)
-            shards = split_torch_state_dict_into_shards(saved, max_shard_size=SHARD)
-            self._sizes[remains] = sum(
-                safetensors_bytes(
-                    {name: _part(saved[name]) for name in names}, self.metadata()
-                )
-                for names in shards.filename_to_tensors.values()
+            self._sizes[remains] = weight_file_bytes(
+                _saved(cutter, remains), self.metadata(), limit=self.shard_bytes
             )
         return self._sizes[remains]
+
+
+def _saved(cutter: Cutter, remains: Remains) -> dict[str, Part]:
+    """Tell what transformers stores of what remains, by its names on disk."""
+    saved = revert_weight_conversion(*cutter.empty(remains))
+    return {name: _part(tensor) for name, tensor in saved.items()}
 
 
 def _part(tensor: torch.Tensor) -> Part:

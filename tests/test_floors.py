@@ -38,6 +38,7 @@ FLOORS = {
     "transfer": 9,
     "proving": 10,
     "commands": 9,
+    "export_commands": 11,
     "latency_commands": 11,
     "plugin_commands": 11,
     "cli": 12,
@@ -65,7 +66,13 @@ HOMES = {
     "rich": {"cli", "commands", "reporting"},
     "scipy": {"searching"},
     "transformers": {"models", "exporting", "latency", "testing"},
-    "typer": {"cli", "latency_commands", "options", "plugin_commands"},
+    "typer": {
+        "cli",
+        "export_commands",
+        "latency_commands",
+        "options",
+        "plugin_commands",
+    },
 }
 """Rooms in which a dependency may be imported; one that is not named may everywhere."""
 

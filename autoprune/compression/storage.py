@@ -23,6 +23,8 @@ ITEM_BYTES = {
     "int64": 8,
     "int32": 4,
     "int16": 2,
+    "float8_e4m3fn": 1,
+    "int8": 1,
     "uint8": 1,
     "bool": 1,
 }

@@ -43,6 +43,7 @@ class Cutter:
 
     Attributes:
         whole: What stays if nothing is left out.
+        stored: Names in memory of all tensors that a checkpoint of the model stores.
         switches: Which settings give layers a bias.
     """
 
@@ -55,6 +56,7 @@ class Cutter:
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
             for name, (dtype, shape) in everything(model).items()
         }
+        self.stored = tuple(self._state)
         self.switches = BiasSwitches(self._model, inventory)
         self._misfits: dict[Remains, str | None] = {}
 
@@ -107,7 +109,7 @@ class Cutter:
         first = {
             layer: torch.arange(units) for layer, units in self._cut_layers(remains)
         }
-        state = self._shrunk(self._with_biases(self._state, remains), remains, first)
+        state = self.shrunk(self._with_biases(self._state, remains), remains, first)
         return skeleton(self._model, config), state
 
     def cut(self, model: Any, remains: Remains, kept: Mapping[Layer, Units]) -> Any:
@@ -124,6 +126,16 @@ class Cutter:
         if remains == self.whole:
             return model
         small, _ = self.empty(remains)
+        state = self._with_biases(model.state_dict(), remains)
+        state = self.shrunk(state, remains, self.units(remains, kept))
+        small.load_state_dict(state, strict=True, assign=True)
+        small.tie_weights()
+        return small.eval().requires_grad_(False)
+
+    def units(
+        self, remains: Remains, kept: Mapping[Layer, Tensor]
+    ) -> dict[Layer, Tensor]:
+        """Tell the units that stay, of every layer that is cut; see ``cut``."""
         units = {}
         for layer, count in self._cut_layers(remains):
             others = [kept[la] for la in self._inventory.group_of(layer).layers]
@@ -137,11 +149,21 @@ class Cutter:
                     "declared, the same in all layers of its site. The method that "
                     "removed them is at fault"
                 )
-        state = self._with_biases(model.state_dict(), remains)
-        state = self._shrunk(state, remains, units)
-        small.load_state_dict(state, strict=True, assign=True)
-        small.tie_weights()
-        return small.eval().requires_grad_(False)
+        return units
+
+    def shrunk(
+        self,
+        state: Mapping[str, Tensor],
+        remains: Remains,
+        units: Mapping[Layer, Units],
+    ) -> dict[str, Tensor]:
+        """Cut tensors, all of them or a few, and name them as in the smaller model."""
+        if directions := dict(remains.units).get(HIDDEN):
+            assert self._inventory.hidden is not None
+            state = narrowed(state, self._inventory.hidden, directions)
+        return shrunk_state(
+            self._model, state, remains, inventory=self._inventory, kept=units
+        )
 
     def _with_biases(
         self, state: Mapping[str, Tensor], remains: Remains
@@ -202,16 +224,6 @@ class Cutter:
         for layer in self._inventory.layers:
             if layer.block in remains.blocks and layer.cut and layer.cut.kind in units:
                 yield layer, units[layer.cut.kind]
-
-    def _shrunk(
-        self, state: Mapping[str, Tensor], remains: Remains, kept: Mapping[Layer, Units]
-    ) -> dict[str, Tensor]:
-        if directions := dict(remains.units).get(HIDDEN):
-            assert self._inventory.hidden is not None
-            state = narrowed(state, self._inventory.hidden, directions)
-        return shrunk_state(
-            self._model, state, remains, inventory=self._inventory, kept=kept
-        )
 
     def _misfit(self, remains: Remains) -> str | None:
         """Say why the class cannot hold what stays; None if it can."""

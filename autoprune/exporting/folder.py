@@ -5,14 +5,13 @@ the final name is always finished, and an export that it replaces stays until th
 """
 
 import json
-import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,21 @@ from transformers import PreTrainedModel
 
 from autoprune.errors import ExportError
 from autoprune.exporting.exporter import Exporter, ExportJob
+from autoprune.exporting.manifest import command_line, finite, write_manifest
 from autoprune.exporting.marker import exporter_of
-from autoprune.exporting.verification import Verification
+from autoprune.exporting.verification import Expected, Verification, verify_export
 from autoprune.models.loading import quiet
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 
+Check = Callable[[Path, Expected], Verification]
+"""Compares a folder with what it has to be, or raises ``ExportError``."""
+
 POLICY_FILE = "policy.json"
 CARD_FILE = "README.md"
+
+_ORIGIN = ("target", "model", "versions", "seed", "splits", "text", "verified")
+"""What the manifest repeats of ``policy.json``."""
 
 _KEPT = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
 """Files of the dense model that an export carries on as they are."""
@@ -42,13 +48,16 @@ def write_export(
     *,
     policy: Policy,
     tokenizer: Any,
-    size_bytes: int,
+    expected: Expected,
     record: Mapping[str, Any],
     card: Callable[[Mapping[str, Any]], str],
-    check: Callable[[Path], Verification] | None = None,
+    check: Check = verify_export,
     force: bool = False,
-) -> Path:
-    """Write an export: model, tokenizer, ``policy.json`` and model card.
+) -> Verification:
+    """Write an export: model, tokenizer, ``policy.json``, model card and manifest.
+
+    A folder that its check refuses keeps ``.failed`` behind its name, and replaces
+    nothing.
 
     Args:
         exporter: The target.
@@ -56,25 +65,24 @@ def write_export(
         folder: Where; its parents are made if need be.
         policy: The policy, for ``policy.json``.
         tokenizer: The model's tokenizer.
-        size_bytes: Predicted size of the weight files; another size is an error.
+        expected: What the export has to be; the layers' digests join it.
         record: What applying the policy again needs, and the figures; plain data that
             joins the policy in ``policy.json``.
         card: Makes the model card of what ``policy.json`` holds.
-        check: Verifies the folder before it gets its name. One that it refuses keeps
-            ``.failed`` behind its name, and replaces nothing.
+        check: Verifies the folder, in a fresh process, before it gets its name.
         force: Replace an export that is there already.
 
     Returns:
-        The folder.
+        What the fresh process found.
 
     Raises:
         ExportError: If the folder exists, the disk is full, the size is not the
-            predicted one, or ``check`` refuses the folder.
+            predicted one, or the folder, loaded again, is not what was exported.
     """
-    folder = folder.absolute()
-    _check_free(folder, force=force)
+    folder, size_bytes = folder.absolute(), expected.size_bytes
+    check_free(folder, force=force)
     with _scratch(folder, size_bytes) as made:
-        exporter.write(made, job)
+        expected = replace(expected, digests=exporter.write(made, job))
         found = exporter.written_bytes(made)
         tokenizer.save_pretrained(made)
         _copy_kept(job.checkpoint.folder, made)
@@ -86,19 +94,22 @@ def write_export(
                     f"the weight files in {made} have {found} bytes, but the exporter "
                     f"{exporter.name!r} had predicted {size_bytes}"
                 )
-            verified = check(made) if check else None
+            verified = check(made, expected)
         except ExportError as error:
             failed = _keep_failed(made, folder)
             reason = str(error).replace(str(made), str(failed))
             raise ExportError(f"{reason}. What was written is in {failed}") from error
         data = _about(exporter, job, policy=policy, record=record, size_bytes=found)
-        data["verified"] = verified and asdict(verified)
-        data = _finite(data)
+        data["verified"] = asdict(verified)
+        data = finite(data)
         text = json.dumps(data, indent=1, allow_nan=False)
         (made / POLICY_FILE).write_text(text + "\n", encoding="utf-8")
         (made / CARD_FILE).write_text(card(data), encoding="utf-8")
+        origin = {key: data[key] for key in _ORIGIN if key in data}
+        origin |= {"policy": policy.to_dict(), "command": command_line()}
+        write_manifest(made, finite(origin | expected.to_dict()))
         _move(made, folder)
-    return folder
+    return verified
 
 
 def load(folder: str | Path, *, plugins: Sequence[str] = ()) -> PreTrainedModel:
@@ -119,7 +130,7 @@ def load(folder: str | Path, *, plugins: Sequence[str] = ()) -> PreTrainedModel:
     return model
 
 
-def _check_free(folder: Path, *, force: bool) -> None:
+def check_free(folder: Path, *, force: bool) -> None:
     """Refuse a place that is taken.
 
     Raises:
@@ -203,18 +214,11 @@ def _about(
         "model": model,
         "target": exporter.name,
         "size_bytes": size_bytes,
+        "loads_in": exporter.loads_in,
+        "usage": exporter.usage("FOLDER", job.auto_class),
         "notes": exporter.notes(job.storages),
         "summary": _summary(job, policy),
     }
-
-
-def _finite(data: Any) -> Any:
-    """Replace numbers that JSON has no word for, as a diverged model gives, by null."""
-    if isinstance(data, Mapping):
-        return {str(key): _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _summary(job: ExportJob, policy: Policy) -> list[dict[str, Any]]:

@@ -33,13 +33,22 @@ def fold(
     """
     for layer, order in orders.items():
         layer = inventory.layer(layer.name)
-        if reason := refuse_permuting(layer):
-            raise ExportError(
-                f"the order of the columns of {layer.name} cannot be folded: {reason}. "
-                "Export it as packed, or prune it without permute"
-            )
+        check_foldable(layer)
         for one in inventory.group_of(layer).layers:
             _reorder(model, one, order)
+
+
+def check_foldable(layer: Layer) -> None:
+    """Refuse a layer whose columns are made by no rows that can follow.
+
+    Raises:
+        ExportError: If they are not.
+    """
+    if reason := refuse_permuting(layer):
+        raise ExportError(
+            f"the order of the columns of {layer.name} cannot be folded: {reason}. "
+            "Export it as packed, or prune it without permute"
+        )
 
 
 @torch.no_grad()

@@ -13,7 +13,10 @@ from autoprune.plugins import Plugins
 MARKER = "autoprune.json"
 """Its name."""
 
-EXPORT_FORMAT = 1
+PLAIN = "transformers"
+"""The target whose folders need no marker: what every tool writes and reads."""
+
+EXPORT_FORMAT = 2
 """Version of what exporters write; a reader refuses a newer one."""
 
 _AGAIN = "Copy the folder again, or export the model again."
@@ -99,6 +102,6 @@ def exporter_of(folder: Path, plugins: Plugins) -> Exporter:
             "folder that 'autoprune export' has written."
         )
     plain = not (folder / MARKER).exists() and (folder / "config.json").exists()
-    target = "transformers" if plain else read_marker(folder)["target"]
+    target = PLAIN if plain else read_marker(folder)["target"]
     exporter: Exporter = plugins.get("exporters", target)
     return exporter

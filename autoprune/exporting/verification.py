@@ -1,8 +1,4 @@
-"""Loads an export again in a fresh process and compares it with what was measured.
-
-``python -m autoprune.exporting.verification`` is that process: it reads a request as
-JSON from its standard input and answers in JSON.
-"""
+"""Has an export loaded again by a fresh process, and compares it with the record."""
 
 import json
 import math
@@ -10,36 +6,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
-from autoprune.errors import AutoPruneError, ExportError
-from autoprune.exporting.marker import exporter_of
-from autoprune.models.checkpoints import Checkpoint, load_tokenizer
-from autoprune.models.task import Task
-from autoprune.plugins import load_plugins
-
-TOLERANCE = 1e-3
-"""Largest relative difference of the perplexities.
-
-The same weights pass through the same code in the same type: on one machine the two
-agree bit for bit (measured). The bound leaves room for a figure that was measured on
-another, which adds bfloat16 products in another order: it is the difference up to which
-bfloat16 counts as the same as float32 here.
-"""
-
-ROTATED_TOLERANCE = 1e-2
-"""The same where the hidden state was rotated, and every weight rounded once more.
-
-Measured in bfloat16: 0.0008 on SmolLM2-135M, 0.005 on a random model of width 64.
-"""
+from autoprune.errors import ExportError
+from autoprune.exporting.exporter import EXACT, Bounds
+from autoprune.exporting.manifest import MANIFEST, check_files, read_manifest
+from autoprune.exporting.probe import Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,66 +28,186 @@ class Verification:
         expected_perplexity: Of the model that was exported, on the same windows.
         size_bytes: Of the weight files, as predicted.
         seconds: Time of the process, loading included.
+        layers: Layers whose weights are to the bit what was exported.
+        logits: Largest difference of a log-probability, in nats; 0 if all logits are
+            the same to the bit.
     """
 
     perplexity: float
     expected_perplexity: float
     size_bytes: int
     seconds: float
+    layers: int = 0
+    logits: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What an export has to be, told by the process that has written it.
+
+    Attributes:
+        task: Name of the task.
+        ids: Windows of tokens.
+        perplexity: Of the model that was exported, on these windows.
+        size_bytes: What the exporter had predicted.
+        digests: Of its layers; see ``Exporter.write``.
+        probe: What the model said on some windows.
+        bounds: How far the loaded model may be from it.
+        compute_dtype: Type that it was measured in; None for the stored type.
+        batch: Windows that pass the model at a time, as they did before.
+    """
+
+    task: str
+    ids: list[list[int]]
+    perplexity: float
+    size_bytes: int
+    digests: Mapping[str, str] = field(default_factory=dict)
+    probe: Probe | None = None
+    bounds: Bounds = EXACT
+    compute_dtype: str | None = None
+    batch: int = 8
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Self:
+        """Read from a manifest what the folder beside it has to be.
+
+        Raises:
+            ExportError: If the manifest lacks something.
+        """
+        try:
+            probe = Probe.from_dict(manifest["probe"])
+            return cls(
+                task=manifest["task"],
+                ids=probe.ids,
+                perplexity=probe.perplexity,
+                size_bytes=manifest["size_bytes"],
+                digests=manifest["layers"],
+                probe=probe,
+                bounds=Bounds(**manifest["bounds"]),
+                compute_dtype=manifest["compute_dtype"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ExportError(
+                f"{MANIFEST} lacks what a check needs, or holds it in another form: "
+                f"{error}. Export the model again."
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write what a manifest keeps of it; of the windows only the probe's."""
+        return {
+            "task": self.task,
+            "size_bytes": self.size_bytes,
+            "compute_dtype": self.compute_dtype,
+            "bounds": asdict(self.bounds),
+            "layers": dict(self.digests),
+            "probe": self.probe.to_dict() if self.probe else None,
+        }
 
 
 def verify_export(
-    folder: Path,
-    ids: Int[Tensor, "windows length"],
-    *,
-    task: str,
-    perplexity: float,
-    size_bytes: int,
-    compute_dtype: torch.dtype | None = None,
-    batch: int = 8,
-    plugins: Sequence[str] = (),
-    tolerance: float = TOLERANCE,
+    folder: Path, expected: Expected, *, plugins: Sequence[str] = ()
 ) -> Verification:
-    """Load an export in a fresh process, and compare perplexity and size.
+    """Load an export in a fresh process, and compare all that can be compared.
 
     Args:
         folder: The export.
-        ids: Windows of tokens.
-        task: Name of the task.
-        perplexity: What was measured on these windows before.
-        size_bytes: What the exporter had predicted.
-        compute_dtype: Type that perplexity was measured in; None for the stored type.
-        batch: Windows that pass the model at a time, as they did before.
+        expected: What it has to be.
         plugins: Modules to load beside the installed plugins.
-        tolerance: Largest relative difference of the perplexities.
 
     Raises:
-        ExportError: If the export does not load, or a figure differs; tells both.
+        ExportError: If the export does not load, or anything differs; tells both.
     """
     start = time.monotonic()
-    request = {
-        "folder": str(folder.absolute()),
-        "ids": ids.tolist(),
-        "task": task,
-        "dtype": str(compute_dtype).removeprefix("torch.") if compute_dtype else None,
-        "batch": batch,
-        "plugins": list(plugins),
-        "threads": torch.get_num_threads(),
-    }
-    answer = _ask(folder, request)
+    answer = _ask(folder, _request(folder, expected, plugins))
     found, written = float(answer["perplexity"]), int(answer["size_bytes"])
-    if written != size_bytes:
+    if written != expected.size_bytes:
         raise ExportError(
-            f"the export {folder} has {written} bytes of weights, but {size_bytes} "
-            "were predicted: its size is wrong"
+            f"the export {folder} has {written} bytes of weights, but "
+            f"{expected.size_bytes} were predicted: its size is wrong"
         )
-    if not _agree(found, perplexity, tolerance):
+    _compare_layers(folder, expected.digests, answer.get("layers", {}))
+    bounds, tolerance = expected.bounds, expected.bounds.perplexity
+    if not _agree(found, expected.perplexity, tolerance):
         raise ExportError(
             f"the export {folder}, loaded again, has perplexity {found:.6g}, but "
-            f"{perplexity:.6g} was measured before (they may differ by "
+            f"{expected.perplexity:.6g} was measured before (they may differ by "
             f"{tolerance:.1%}): its weights are not what was evaluated"
         )
-    return Verification(found, perplexity, written, round(time.monotonic() - start, 2))
+    apart = 0.0
+    if expected.probe:
+        apart = _distance(expected.probe, Probe.from_dict(answer["probe"]))
+        if bounds.logits is not None and apart > bounds.logits:
+            raise ExportError(
+                f"the export {folder}, loaded again, gives log-probabilities that "
+                f"differ by {apart:.4g} nats from those measured before; at most "
+                f"{bounds.logits:g} can be explained"
+            )
+    return Verification(
+        found,
+        expected.perplexity,
+        written,
+        round(time.monotonic() - start, 2),
+        len(expected.digests),
+        apart,
+    )
+
+
+def verify(folder: str | Path, *, plugins: Sequence[str] = ()) -> Verification:
+    """Check an export against its manifest: files, layers, logits, perplexity, size.
+
+    Works wherever the folder was copied to; perplexity is that of the few windows that
+    the manifest carries.
+
+    Args:
+        folder: What ``autoprune export`` has written.
+        plugins: Modules to load beside the installed plugins.
+
+    Raises:
+        ExportError: If anything differs from what was written; tells what.
+        PluginError: If the plugin of its target is not there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ExportError(
+            f"there is no folder {str(folder)!r} (looked in {Path.cwd()}). Name a "
+            "folder that 'autoprune export' has written."
+        )
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    return verify_export(folder, Expected.of(manifest), plugins=plugins)
+
+
+def _request(
+    folder: Path, expected: Expected, plugins: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "folder": str(folder.absolute()),
+        "ids": expected.ids,
+        "task": expected.task,
+        "dtype": expected.compute_dtype,
+        "batch": expected.batch,
+        "plugins": list(plugins),
+        "threads": torch.get_num_threads(),
+        "layers": list(expected.digests),
+        "probe": expected.probe.to_dict() if expected.probe else None,
+    }
+
+
+def _compare_layers(
+    folder: Path, expected: Mapping[str, str], found: Mapping[str, str]
+) -> None:
+    wrong = [name for name, sha256 in expected.items() if found.get(name) != sha256]
+    if wrong:
+        absent = [name for name in wrong if name not in found]
+        raise ExportError(
+            f"the export {folder}, loaded again, has other weights than were exported "
+            f"in {len(wrong)} of {len(expected)} layers, {len(absent)} of them absent; "
+            f"first {wrong[0]!r}"
+        )
+
+
+def _distance(expected: Probe, found: Probe) -> float:
+    return 0.0 if expected.sha256 == found.sha256 else expected.distance(found)
 
 
 def _agree(found: float, expected: float, tolerance: float) -> bool:
@@ -121,7 +218,7 @@ def _agree(found: float, expected: float, tolerance: float) -> bool:
 
 def _ask(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Run the fresh process; it finds the same modules as this one."""
-    command = [sys.executable, "-m", "autoprune.exporting.verification"]
+    command = [sys.executable, "-m", "autoprune.exporting.fresh_process"]
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     done = subprocess.run(
         command,
@@ -139,53 +236,3 @@ def _ask(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         )
         raise ExportError(f"the export {folder} cannot be verified: {reason}")
     return dict(answer)
-
-
-def measure(request: dict[str, Any]) -> dict[str, float]:
-    """Load an export and measure it; what the fresh process does.
-
-    Raises:
-        ExportError: If the export does not load.
-        PluginError: If its target or its task is not known.
-    """
-    torch.set_num_threads(request["threads"])
-    folder = Path(request["folder"])
-    plugins = load_plugins(request["plugins"])
-    task: Task = plugins.get("tasks", request["task"])
-    exporter = exporter_of(folder, plugins)
-    model = exporter.load(folder)
-    if request["dtype"]:
-        for parameter in model.parameters():  # buffers keep the precision they need
-            parameter.data = parameter.data.to(getattr(torch, request["dtype"]))
-    tokenizer = load_tokenizer(Checkpoint(str(folder), folder, ""))
-    with torch.inference_mode():
-        head = task.head(model)
-        losses = []
-        for ids in torch.tensor(request["ids"]).split(request["batch"]):
-            batch = task.batch(ids, tokenizer)
-            features = task.features(model, batch)
-            nll = head.losses(features, batch.labels)
-            counts = batch.scored.sum(1).tolist()
-            pieces = nll.split(counts)
-            losses += [window.mean() for window in pieces]
-    mean = torch.stack(losses).double().mean()
-    return {
-        "perplexity": float(mean.exp()),
-        "size_bytes": exporter.written_bytes(folder),
-    }
-
-
-def main() -> None:
-    """Answer the request on standard input with one line on standard output."""
-    request = json.loads(sys.stdin.read())
-    answer: dict[str, Any]
-    try:
-        with redirect_stdout(sys.stderr):  # whatever a plugin or a library says
-            answer = measure(request)
-    except AutoPruneError as error:
-        answer = {"error": str(error)}
-    sys.stdout.write(json.dumps(answer) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -21,17 +21,6 @@ _FIGURES = {
 }
 """Metrics by name, as a reader of the card knows them, in their order."""
 
-_LOAD = {
-    "transformers": (
-        "from transformers import {auto_class}, AutoTokenizer\n\n"
-        'model = {auto_class}.from_pretrained("FOLDER", dtype="auto")'
-    ),
-    "other": (
-        "import autoprune\nfrom transformers import AutoTokenizer\n\n"
-        'model = autoprune.load("FOLDER")  # a transformers model'
-    ),
-}
-
 
 def model_card(about: Mapping[str, Any]) -> str:
     """Write the model card.
@@ -180,24 +169,31 @@ def _rivals(rivals: Sequence[Mapping[str, Any]]) -> str:
 def _verified(verified: Mapping[str, Any] | None) -> str:
     if not verified:
         return ""
+    apart = verified.get("logits")
+    layers = (
+        f", {verified['layers']} layers to the bit" if verified.get("layers") else ""
+    )
+    logits = "" if apart is None else f", log-probabilities within {apart:.2g} nats"
     return (
         "The folder was loaded again in a fresh process: perplexity "
         f"{_number('perplexity', verified['perplexity'])} (measured before: "
-        f"{_number('perplexity', verified['expected_perplexity'])}), "
-        f"{verified['size_bytes']} bytes of weights, as predicted."
+        f"{_number('perplexity', verified['expected_perplexity'])})"
+        f"{layers}{logits}, {verified['size_bytes']} bytes of weights, as predicted."
     )
 
 
 def _load(about: Mapping[str, Any]) -> str:
-    target = str(about.get("target"))
-    code = _LOAD.get(target, _LOAD["other"])
-    auto_class = about.get("model", {}).get("auto_class", "AutoModelForCausalLM")
-    code = code.format(auto_class=auto_class)
-    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
-    return (
-        f"```python\n{code}\n{tokenizer}\n```\n\n"
-        "Sizes are those of the file. Once loaded, every layer in it has its full size "
-        "again: zeros and codes save neither memory nor time in transformers."
+    runtimes = about.get("loads_in")
+    where = f"What loads it: {runtimes}." if runtimes else ""
+    return "\n\n".join(
+        part
+        for part in (
+            f"```\n{about['usage']}\n```" if "usage" in about else "",
+            where,
+            "`autoprune verify FOLDER` checks every file, every layer and the outputs "
+            "against `MANIFEST.json`.",
+        )
+        if part
     )
 
 

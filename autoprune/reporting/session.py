@@ -101,9 +101,10 @@ def tell_search(result: Any, *, as_json: bool, exports: Sequence[Any] = ()) -> N
         SystemExit: With 130 if the search was stopped.
     """
     from autoprune.reporting import tables
+    from autoprune.reporting.export_tables import exports_parts
 
     parts = tables.search_parts(result)
-    parts += tables.exports_parts(exports) if exports else []
+    parts += exports_parts(exports) if exports else []
     write(result.to_dict() | {"exports": exports}, *parts, as_json=as_json)
     if result.ended == "stopped":
         raise SystemExit(INTERRUPTED)
@@ -120,9 +121,9 @@ def tell_solutions(found: Sequence[Any], *, as_json: bool) -> None:
 
 def tell_exports(reports: Sequence[Any], *, as_json: bool) -> None:
     """Write what was exported."""
-    from autoprune.reporting import tables
+    from autoprune.reporting.export_tables import exports_parts
 
-    write(reports, *tables.exports_parts(reports), as_json=as_json)
+    write(reports, *exports_parts(reports), as_json=as_json)
 
 
 def tell_plugins(records: Iterable[Any], *, as_json: bool) -> None:

@@ -15,6 +15,9 @@ FIGURES = ("kl", "perplexity", "size_bytes", "compression_ratio")
 MOST_FIGURES = 5
 """Metrics that fit into 80 columns beside a policy's origin."""
 
+PLAIN = "transformers"
+"""The target whose size every table of a search's end shows beside the run's own."""
+
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -115,7 +118,7 @@ _ENDS = {
 
 def solutions_parts(found: Sequence[Any]) -> list[str | Table]:
     """Tell what was solved for: additive metrics, and what the model says of the KL."""
-    table = _table("Solved, not measured")
+    table = plain_table("Solved, not measured")
     names = list(found[0].metrics)
     for heading in [*names, "model of the KL"]:
         table.add_column(heading, justify="right")
@@ -126,26 +129,6 @@ def solutions_parts(found: Sequence[Any]) -> list[str | Table]:
         table,
         f"By {found[0].model}. To know its quality: autoprune evaluate MODEL --policy",
     ]
-
-
-def exports_parts(reports: Sequence[Any]) -> list[str | Table]:
-    """Tell what was exported, and how to load it."""
-    lines = ["To load them:" if len(reports) > 1 else "To load it:"]
-    for target, line in _LOADING.items():
-        lines += [
-            "  " + line.format(folder=str(report.folder))
-            for report in reports
-            if (report.target if report.target in _LOADING else "") == target
-        ]
-    notes = [f"{report.target}: {note}" for report in reports for note in report.notes]
-    return [exports_table(reports), "\n".join([*notes, *lines])]
-
-
-_LOADING = {
-    "": 'autoprune.load("{folder}")',
-    "transformers": 'AutoModelForCausalLM.from_pretrained("{folder}")',
-}
-"""How an export is loaded, by target; the first for all that are not named."""
 
 
 def trials_table(trials: Sequence[Any], goals: Iterable[str], *, title: str) -> Table:
@@ -159,7 +142,7 @@ def trials_table(trials: Sequence[Any], goals: Iterable[str], *, title: str) -> 
     wanted = list(dict.fromkeys([*goals, *FIGURES]))
     known = trials[0].metrics if trials else {}
     names = [name for name in wanted if name in known][:MOST_FIGURES]
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("trial", justify="right")
     for name in names:
         table.add_column(_heading(name), justify="right")
@@ -176,15 +159,20 @@ def finals_table(finals: Mapping[str, Any]) -> Table:
     Args:
         finals: Figures on the report split, as in ``finals.json``.
     """
-    dense = finals["dense_sizes"]
-    table = _table("On text that the search never saw")
-    table.add_column("policy", ratio=1)
     winner = finals["winner"]
+    rows = [{"sizes": finals["dense_sizes"]}, *finals["rivals"], winner]
+    # The run's own target, and the plain one; the rest stands in the model card.
+    every: Mapping[str, int] = finals["dense_sizes"]
+    columns = dict.fromkeys([next(iter(every)), PLAIN])
+    held = [name for name in columns if all(name in row["sizes"] for row in rows)]
+    dense = {name: every[name] for name in held}
+    table = plain_table("On text that the search never saw")
+    table.add_column("policy", ratio=1)
     timed = [f"{name} time" for name in winner.get("latency", {})]
     for heading in ("perplexity", "KL", *dense, *timed):
         table.add_column(heading, justify="right")
     rivals = [row for row in finals["rivals"] if row["trial"] != winner["trial"]]
-    plain = _finals_row({"report": finals["dense"], "sizes": dense}, {})
+    plain = _finals_row({"report": finals["dense"], "sizes": dense}, dense)
     table.add_row("dense", *plain, *("" for _ in timed))
     for row in rivals:
         table.add_row(f"rival, {_whose(row)}", *_finals_row(row, dense))
@@ -200,10 +188,11 @@ def finals_table(finals: Mapping[str, Any]) -> Table:
 def _finals_row(row: Mapping[str, Any], dense: Mapping[str, int]) -> list[str]:
     report, error = row["report"], row.get("kl_standard_error")
     kl = value("kl", report["kl"]) + (f"\n±{error:.1g}" if error is not None else "")
-    sizes = [
-        value("size_bytes", size) + (f"\n{dense[name] / size:.2f}x" if dense else "")
-        for name, size in row["sizes"].items()
-    ]
+    sizes = []
+    for name, full in dense.items():
+        size = row["sizes"][name]
+        ratio = f"\n{full / size:.2f}x" if "trial" in row else ""  # none for dense
+        sizes.append(value("size_bytes", size) + ratio)
     times = [_time(forecast) for forecast in row.get("latency", {}).values()]
     return [value("perplexity", report["perplexity"]), kl, *sizes, *times]
 
@@ -222,7 +211,7 @@ def _whose(row: Mapping[str, Any]) -> str:
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]], *, title: str) -> Table:
     """Make a table of all metrics, one column a model."""
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("metric")
     for heading in columns:
         table.add_column(heading, justify="right")
@@ -232,24 +221,9 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]], *, title: str) -> 
     return table
 
 
-def exports_table(reports: Iterable[Any]) -> Table:
-    """Make a table of exports that were written and verified."""
-    table = _table("Exported, and verified in a fresh process")
-    for heading in ("target", "size", "perplexity", "loaded again"):
-        table.add_column(heading, justify="left" if heading == "target" else "right")
-    for report in reports:
-        table.add_row(
-            report.target,
-            value("size_bytes", report.size_bytes),
-            value("perplexity", report.metrics["perplexity"]),
-            value("perplexity", report.verified.perplexity),
-        )
-    return table
-
-
 def plugins_table(records: Iterable[Any]) -> Table:
     """Make a table of plugins: what each registered, or why it was left out."""
-    table = _table("Plugins")
+    table = plain_table("Plugins")
     table.add_column("plugin")
     table.add_column("package")
     table.add_column("registers", ratio=1, overflow="fold")
@@ -270,5 +244,6 @@ def _heading(name: str) -> str:
     return name.removesuffix("_bytes").removeprefix("compression_").replace("_", "\n")
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """Make an empty table of the one look that all have."""
     return Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)

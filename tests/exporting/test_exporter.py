@@ -10,12 +10,8 @@ from autoprune_plugins.packed import Packed
 from tiny_exports import tiny_case
 
 from autoprune.compression.storage import ITEM_BYTES, Part, Storage
-from autoprune.exporting.exporter import (
-    Exporter,
-    ExportJob,
-    header_bytes,
-    safetensors_bytes,
-)
+from autoprune.exporting.exporter import Digests, Exporter, ExportJob
+from autoprune.exporting.weight_files import header_bytes, safetensors_bytes
 from autoprune.policy import Layer
 
 LAYER = Layer("blocks.0.proj", (6, 8), "bfloat16", 0, "proj", "blocks.0.proj")
@@ -69,6 +65,7 @@ class Halved(Exporter):
 
     name = "halved"
     stores = "values"
+    loads_in = "nothing"
 
     def tensors(self, layer: Layer, storage: Storage) -> dict[str, Part]:
         return {layer.name: Part(storage.dtype, (storage.kept,))}
@@ -76,10 +73,11 @@ class Halved(Exporter):
     def metadata(self) -> dict[str, str]:
         return {}
 
-    def write(self, folder: Path, job: ExportJob) -> None:
+    def write(self, folder: Path, job: ExportJob) -> Digests:
         (folder / "one.safetensors").write_bytes(b"12345")
         (folder / "two.safetensors").write_bytes(b"123")
         (folder / "config.json").write_bytes(b"{}")
+        return {}
 
     def load(self, folder: Path) -> Any:
         return None

@@ -17,9 +17,9 @@ from tiny_models import tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from autoprune.errors import ExportError, PluginError
-from autoprune.exporting.exporter import Exporter, ExportJob
+from autoprune.exporting.exporter import Digests, Exporter, ExportJob
 from autoprune.exporting.folder import licence_of, load, write_export
-from autoprune.exporting.verification import Verification
+from autoprune.exporting.verification import Expected, Verification
 from autoprune.policy import Policy
 
 VERIFIED = Verification(12.5, 12.5, 1000, 3.0)
@@ -52,14 +52,15 @@ def write(case: Case, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -
         arguments: dict[str, Any] = {
             "policy": case.policy,
             "tokenizer": tiny_tokenizer,
-            "size_bytes": size,
+            "expected": Expected("causal-lm", [], 12.5, changes.pop("size", size)),
             "record": RECORD,
             "card": card,
+            "check": lambda made, expected: VERIFIED,
             **changes,
         }
-        return write_export(
-            exporter, case.job, tmp_path / "out" / "export", **arguments
-        )
+        folder = tmp_path / "out" / "export"
+        assert write_export(exporter, case.job, folder, **arguments) == VERIFIED
+        return folder
 
     return written
 
@@ -76,6 +77,7 @@ def test_a_folder_has_all_that_is_needed(
     weights = {"packed": "packed.safetensors", "transformers": "model.safetensors"}
     expected = {"config.json", "tokenizer.json", "tokenizer_config.json"}
     expected |= {"policy.json", "README.md", "autoprune.json", weights[exporter.name]}
+    expected |= {"MANIFEST.json"}
     assert expected <= names(folder)
     assert names(folder.parent) == {"export"}  # nothing is left beside
     assert torch.equal(case.logits(load(folder)), case.logits())
@@ -87,7 +89,7 @@ def test_a_folder_has_all_that_is_needed(
 def test_the_policy_file_can_be_applied_and_tells_the_figures(
     case: Case, write: Write
 ) -> None:
-    folder = write(check=lambda made: VERIFIED)
+    folder = write()
     about = json.loads((folder / "policy.json").read_text())
     assert Policy.from_dict(about) == case.policy
     assert about["model"] == {
@@ -118,7 +120,6 @@ def test_numbers_that_json_lacks_become_null(write: Write) -> None:
     folder = write(record={"figures": figures})
     about = json.loads((folder / "policy.json").read_text())
     assert about["figures"]["compressed"] == {"perplexity": None, "all": [None, 1.0]}
-    assert about["verified"] is None
 
 
 def test_what_comes_with_the_dense_model_stays_with_it(
@@ -186,7 +187,7 @@ def test_a_file_in_the_place_is_told(tmp_path: Path, write: Write) -> None:
 class Dying(Packed):
     """Writes most of it, then dies."""
 
-    def write(self, folder: Path, job: ExportJob) -> None:
+    def write(self, folder: Path, job: ExportJob) -> Digests:
         super().write(folder, job)
         raise KeyboardInterrupt
 
@@ -206,7 +207,7 @@ def test_a_wrong_size_fails_loudly(case: Case, write: Write, tmp_path: Path) -> 
         ExportError,
         match=rf"export.failed have {size} bytes.*'packed' had predicted 5\. .*failed",
     ):
-        write(size_bytes=5)
+        write(size=5)
     assert names(tmp_path / "out") == {"export.failed"}
 
 
@@ -214,7 +215,7 @@ def test_a_refused_export_never_looks_good(write: Write) -> None:
     old = write()
     (old / "mark").touch()
 
-    def refuse(made: Path) -> Verification:
+    def refuse(made: Path, expected: Expected) -> Verification:
         raise ExportError(f"{made} has perplexity 9, but 8 was measured")
 
     for _ in range(2):  # the second failure takes the place of the first
@@ -234,7 +235,7 @@ def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path, write: Write) -
     with pytest.raises(
         ExportError, match=rf"needs {10**18} bytes, \d+ are free\. Free some space"
     ):
-        write(size_bytes=10**18)
+        write(size=10**18)
     assert names(tmp_path / "out") == set()
 
 

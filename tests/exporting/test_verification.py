@@ -1,5 +1,6 @@
 """An export is loaded in a fresh process and compared with what was measured."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from autoprune.compression.apply import StitchedModel
 from autoprune.errors import ExportError
 from autoprune.evaluation.teacher import Teacher
-from autoprune.exporting.exporter import Exporter
-from autoprune.exporting.verification import TOLERANCE, measure, verify_export
+from autoprune.exporting.exporter import EXACT, Bounds, Exporter
+from autoprune.exporting.fresh_process import measure
+from autoprune.exporting.probe import Probe
+from autoprune.exporting.verification import Expected, verify_export
 from autoprune.models.text import TokenWindows
 
 CAUSAL, MASKED = register_tasks()
@@ -82,8 +85,10 @@ def test_a_fresh_process_agrees(
     folder, case = made(Packed(), checkpoint, tiny_tokenizer)
     expected = evaluated(case, ids)
     size = Packed().size_bytes(case.job.storages, case.untouched)
-    settings: dict[str, Any] = {"task": "causal-lm", "batch": 2}
-    found = verify_export(folder, ids, perplexity=expected, size_bytes=size, **settings)
+    probe = Probe.take(CAUSAL, case.model, None, ids)
+    told = Expected("causal-lm", ids.tolist(), expected, size, {}, probe, batch=2)
+    found = verify_export(folder, told)
+    assert found.logits == 0  # to the bit
     assert found.perplexity == pytest.approx(expected, rel=1e-6)
     assert (found.expected_perplexity, found.size_bytes) == (expected, size)
     assert found.seconds > 0
@@ -101,16 +106,44 @@ def test_differences_are_told_with_both_numbers(
     answers = measure(request(folder, ids))
     # The comparison alone: the process itself is tested above and below.
     monkeypatch.setattr("autoprune.exporting.verification._ask", lambda *_: answers)
-    compare: dict[str, Any] = {"task": "causal-lm", "size_bytes": size}
-    near = expected * (1 + 0.5 * TOLERANCE)
-    assert verify_export(folder, ids, perplexity=near, **compare).size_bytes == size
+    told = Expected("causal-lm", ids.tolist(), expected, size)
+    near = replace(told, perplexity=expected * (1 + 0.5 * EXACT.perplexity))
+    assert verify_export(folder, near).size_bytes == size
     with pytest.raises(ExportError, match=rf"perplexity {expected:.6g}, but 2e\+06"):
-        verify_export(folder, ids, perplexity=2e6, **compare)
+        verify_export(folder, replace(told, perplexity=2e6))
     with pytest.raises(ExportError, match=r"but inf was measured"):
-        verify_export(folder, ids, perplexity=float("inf"), **compare)
-    compare["size_bytes"] = size + 1
+        verify_export(folder, replace(told, perplexity=float("inf")))
     with pytest.raises(ExportError, match=rf"has {size} bytes .* {size + 1} were pred"):
-        verify_export(folder, ids, perplexity=expected, **compare)
+        verify_export(folder, replace(told, size_bytes=size + 1))
+
+
+def test_layers_and_logits_that_differ_are_told(
+    checkpoint: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    ids: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, case = made(Packed(), checkpoint, tiny_tokenizer)
+    probe = Probe.take(CAUSAL, case.model, None, ids)
+    names = [layer.name for layer in case.job.inventory.layers]
+    asked = {"layers": [*names, "no.such.layer"], "probe": probe.to_dict()}
+    answers = measure(request(folder, ids, **asked))
+    monkeypatch.setattr("autoprune.exporting.verification._ask", lambda *_: answers)
+    digests = answers["layers"]
+    assert list(digests) == names  # each is found; one that is not there is left out
+    size, perplexity = answers["size_bytes"], answers["perplexity"]
+    told = Expected("causal-lm", ids.tolist(), perplexity, size, digests, probe)
+    assert verify_export(folder, told).layers == len(names)
+    wrong = {**digests, names[3]: "0" * 64, "no.such.layer": "1" * 64}
+    message = rf"in 2 of {len(names) + 1} layers, 1 of them absent; first '{names[3]}'"
+    with pytest.raises(ExportError, match=message):
+        verify_export(folder, replace(told, digests=wrong))
+    far = [[value + 0.25 for value in row] for row in probe.logprobs]
+    other = replace(probe, logprobs=far, sha256="0" * 64)
+    with pytest.raises(ExportError, match=r"differ by 0\.25 nats .* at most 0\.05 can"):
+        verify_export(folder, replace(told, probe=other))
+    loose = replace(told, probe=other, bounds=Bounds(1e-3, None, "rounded"))
+    assert verify_export(folder, loose).logits == pytest.approx(0.25, abs=1e-5)
 
 
 def test_one_wrong_layer_is_found(
@@ -122,7 +155,7 @@ def test_one_wrong_layer_is_found(
         model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(0.9)
     model.save_pretrained(folder)
     found = measure(request(folder, ids))["perplexity"]
-    assert abs(found / evaluated(case, ids) - 1) > 2 * TOLERANCE
+    assert abs(found / evaluated(case, ids) - 1) > 2 * EXACT.perplexity
 
 
 def test_a_diverged_model_agrees_with_itself(
@@ -134,26 +167,24 @@ def test_a_diverged_model_agrees_with_itself(
     folder, _ = made(Packed(), checkpoint, tiny_tokenizer)
     answers = {"perplexity": float("nan"), "size_bytes": 7}
     monkeypatch.setattr("autoprune.exporting.verification._ask", lambda *_: answers)
-    compare: dict[str, Any] = {"task": "causal-lm", "size_bytes": 7}
-    verify_export(folder, ids, perplexity=float("inf"), **compare)
+    told = Expected("causal-lm", ids.tolist(), float("inf"), 7)
+    verify_export(folder, told)
     with pytest.raises(ExportError, match=r"has perplexity nan, but 12 was measured"):
-        verify_export(folder, ids, perplexity=12.0, **compare)
+        verify_export(folder, replace(told, perplexity=12.0))
 
 
 def test_a_folder_that_does_not_load_is_told(tmp_path: Path, ids: Tensor) -> None:
-    settings: dict[str, Any] = {"task": "causal-lm", "perplexity": 1.0}
     with pytest.raises(ExportError, match=r"cannot be verified: there is no folder"):
-        verify_export(tmp_path / "gone", ids, size_bytes=1, **settings)
+        verify_export(tmp_path / "gone", Expected("causal-lm", ids.tolist(), 1.0, 1))
 
 
 def test_a_process_that_fails_is_told(
     checkpoint: Path, tiny_tokenizer: PreTrainedTokenizerFast, ids: Tensor
 ) -> None:
     folder, _ = made(Packed(), checkpoint, tiny_tokenizer)
-    settings: dict[str, Any] = {"task": "causal-lm", "perplexity": 1.0}
+    told = Expected("causal-lm", (ids + 60).tolist(), 1.0, 1)  # it knows 64 words
     with pytest.raises(ExportError, match=r"its process ended with 1: IndexError"):
-        # The model knows 64 words.
-        verify_export(folder, ids + 60, size_bytes=1, **settings)
+        verify_export(folder, told)
 
 
 def test_masked_language_modelling(

@@ -109,7 +109,7 @@ def test_the_marker_tells_people_what_was_done(export: Path) -> None:
     layer = marker["layers"]["model.layers.0.self_attn.q_proj"]
     assert layer["action"] == "bitmap(sparsity=0.37)"
     assert layer["mask"] == "bitmap"
-    assert (marker["format"], marker["target"]) == (1, "packed")
+    assert (marker["format"], marker["target"]) == (2, "packed")
     assert marker["auto_class"] == "AutoModelForCausalLM"
     assert marker["dtype"] == "float32"
 
@@ -127,7 +127,7 @@ def test_a_variant_other_than_declared_is_refused(tmp_path: Path) -> None:
 
     job = replace(case.job, variant=other)
     (tmp_path / "export").mkdir()
-    with pytest.raises(ExportError, match=r"q_proj' stores .* 'bitmap\(sparsity=0.37"):
+    with pytest.raises(ExportError, match=r"_proj' stores .* was declared"):
         PACKED.write(tmp_path / "export", job)
 
 
@@ -145,7 +145,7 @@ def flip(folder: Path) -> None:
 def no_safetensors(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"nothing like it")
     sha256 = hashlib.sha256(b"nothing like it").hexdigest()
-    change_marker(folder, sha256=sha256)
+    change_marker(folder, files={WEIGHTS: sha256})
 
 
 def change_marker(folder: Path, **changes: Any) -> None:
@@ -180,7 +180,7 @@ def drop_layer(folder: Path) -> None:
         (lambda f: (f / MARKER).unlink(), rf"cannot read .*{MARKER}: No such file"),
         (lambda f: (f / MARKER).write_text("{"), rf"{MARKER} is damaged: Expecting"),
         (lambda f: (f / MARKER).write_text("[1]"), rf"{MARKER} .* it holds \[1\]"),
-        (lambda f: change_marker(f, format=2), "has format 2, .* reads up to 1"),
+        (lambda f: change_marker(f, format=3), "has format 3, .* reads up to 2"),
         (lambda f: change_marker(f, target="gguf"), "target 'gguf', not 'packed'"),
         (lambda f: change_marker(f, layers=None), "'layers' is None, expected dict"),
         (lambda f: change_marker(f, dtype="bfloat61"), "bfloat61"),
@@ -190,7 +190,7 @@ def drop_layer(folder: Path) -> None:
         (lambda f: change_config(f, intermediate_size=56), r"shape \(56, 32\)"),
         (lambda f: change_layer(f, colour="red"), r"o_proj' stores .*'colour'"),
         (lambda f: change_layer(f, kept=3), r"'model.*o_proj.\w+' is .* expected .*3"),
-        (drop_layer, r"does not fit config.json: 1 tensors are missing, .*down_proj"),
+        (drop_layer, r"do not fit config.json: 1 tensors are missing, .*down_proj"),
         (lambda f: (f / "config.json").unlink(), "cannot make the model of .*config"),
         (lambda f: change_config(f, num_hidden_layers=1), "are unexpected, first"),
         (lambda f: change_config(f, vocab_size=60), "are mismatched, first"),

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import autoprune_plugins.transformers_folder as plugin
 import pytest
 import torch
 import transformers
@@ -84,7 +83,7 @@ def test_experts_are_saved_one_by_one_as_published(tmp_path: Path) -> None:
 def test_shards_are_counted_each_with_its_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "SHARD", "30KB")
+    monkeypatch.setattr(TransformersFolder, "shard_bytes", 30_000)
     case = tiny_case("llama", tmp_path / "dense")
     folder = written(case, tmp_path / "export")
     assert len(list(folder.glob("model-*.safetensors"))) >= 3

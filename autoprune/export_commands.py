@@ -1,0 +1,98 @@
+"""The commands about exports: write one, check one, take a policy elsewhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoprune.commands import run_folder, text_config
+from autoprune.options import AsJson, Force, Modules, Run, Target, Text, Verbose
+from autoprune.reporting.session import observing, session, tell_exports, write
+
+TARGET = "packed"
+"""The target of a policy that no run has chosen one for."""
+
+
+def export(
+    run: Run,
+    *,
+    trial: Annotated[
+        str | None, typer.Option(help="A trial, not the winner: 13, or round-2/13.")
+    ] = None,
+    front: Annotated[bool, typer.Option("--front", help="All of the front.")] = False,
+    target: Target = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export the winner of a run, a trial or the front, and verify it."""
+    if front and trial is not None:
+        raise typer.BadParameter("give --trial or --front, not both")
+    with session(verbose=verbose) as console:
+        from autoprune import deliver
+
+        with observing(console) as observer:
+            reports = deliver.export(
+                run_folder(run),
+                out=out,
+                trial=trial,
+                front=front,
+                target=target,
+                force=force,
+                observer=observer,
+            )
+        tell_exports(reports, as_json=as_json)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="An export's folder.")],
+    *,
+    plugin: Modules = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check an export against its manifest, wherever it was copied to."""
+    with session(verbose=verbose):
+        from autoprune.exporting.verification import verify as check
+        from autoprune.reporting.export_tables import verified_table
+
+        found = check(folder, plugins=plugin or [])
+        title = f"{folder} is what was exported"
+        write(found, verified_table(found, title=title), as_json=as_json)
+
+
+def apply(
+    policy: Annotated[Path, typer.Argument(help="A policy.json.")],
+    *,
+    model: Annotated[str, typer.Option(help="Folder, hub id, GGUF file, or demo.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    target: Target = None,
+    text: Text = None,
+    plugin: Modules = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put a policy on another checkpoint of the same shape, and export it."""
+    with session(verbose=verbose) as console:
+        from autoprune import transfer
+
+        with observing(console) as observer:
+            report = transfer.apply(
+                policy,
+                model=model,
+                out=out,
+                target=target or TARGET,
+                text=text_config(text),
+                force=force,
+                plugins=plugin or [],
+                observer=observer,
+            )
+        tell_exports([report], as_json=as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (export, verify, apply):
+        app.command()(command)

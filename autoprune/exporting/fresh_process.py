@@ -1,0 +1,98 @@
+"""Loads an export where nothing is in memory yet, and measures it.
+
+``python -m autoprune.exporting.fresh_process`` reads a request as JSON from standard
+input, and answers in JSON.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoprune.errors import AutoPruneError
+from autoprune.exporting.digests import digest
+from autoprune.exporting.marker import exporter_of
+from autoprune.exporting.probe import Probe
+from autoprune.models.checkpoints import Checkpoint, load_tokenizer
+from autoprune.models.task import Task
+from autoprune.models.weights import find_weight
+from autoprune.plugins import load_plugins
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Load an export and measure it; what the fresh process does.
+
+    Raises:
+        ExportError: If the export does not load.
+        PluginError: If its target or its task is not known.
+    """
+    torch.set_num_threads(request["threads"])
+    folder = Path(request["folder"])
+    plugins = load_plugins(request["plugins"])
+    task: Task = plugins.get("tasks", request["task"])
+    exporter = exporter_of(folder, plugins)
+    model = exporter.load(folder)
+    digests = _digests(model, request.get("layers", ()))
+    if request["dtype"]:
+        for parameter in model.parameters():  # buffers keep the precision they need
+            parameter.data = parameter.data.to(getattr(torch, request["dtype"]))
+    tokenizer = load_tokenizer(Checkpoint(str(folder), folder, ""))
+    with torch.inference_mode():
+        head = task.head(model)
+        losses = []
+        for ids in torch.tensor(request["ids"]).split(request["batch"]):
+            batch = task.batch(ids, tokenizer)
+            features = task.features(model, batch)
+            nll = head.losses(features, batch.labels)
+            counts = batch.scored.sum(1).tolist()
+            pieces = nll.split(counts)
+            losses += [window.mean() for window in pieces]
+    mean = torch.stack(losses).double().mean()
+    probe = None
+    if wanted := request.get("probe"):
+        ids = torch.tensor(wanted["ids"])
+        classes = wanted["classes"]
+        probe = Probe.take(task, model, tokenizer, ids, classes=classes).to_dict()
+    return {
+        "perplexity": float(mean.exp()),
+        "size_bytes": exporter.written_bytes(folder),
+        "layers": digests,
+        "probe": probe,
+    }
+
+
+def _digests(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Tell what each layer or parameter weighs; what is absent is left out."""
+    state = model.state_dict() if names else {}
+    found = {}
+    for name in names:
+        weight = state.get(name)
+        if weight is None:
+            try:
+                weight = find_weight(model, name)
+            except AttributeError:  # no such module
+                continue
+        if weight is not None:
+            found[name] = digest(weight)
+    return found
+
+
+def main() -> None:
+    """Answer the request on standard input with one line on standard output."""
+    request = json.loads(sys.stdin.read())
+    answer: dict[str, Any]
+    try:
+        with redirect_stdout(sys.stderr):  # whatever a plugin or a library says
+            answer = measure(request)
+    except AutoPruneError as error:
+        answer = {"error": str(error)}
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
