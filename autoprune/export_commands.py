@@ -69,12 +69,15 @@ def apply(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     target: Target = None,
     text: Text = None,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="To another depth, by relative depth.")
+    ] = False,
     plugin: Modules = None,
     force: Force = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Put a policy on another checkpoint of the same shape, and export it."""
+    """Put a policy on another checkpoint, and export it."""
     with session(verbose=verbose) as console:
         from autoprune import transfer
 
@@ -85,6 +88,7 @@ def apply(
                 out=out,
                 target=target or TARGET,
                 text=text_config(text),
+                adapt=adapt,
                 force=force,
                 plugins=plugin or [],
                 observer=observer,

@@ -1,7 +1,6 @@
 """The whole path: a configuration in, a run folder with the best policy out."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from autoprune.config import RunConfig
 from autoprune.errors import ConfigError, RunError, unknown_name
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
+from autoprune.preflight import preflight
 from autoprune.reporting.machine import to_json
 from autoprune.reporting.observer import SEARCHING, Observer
 from autoprune.searching.finals import best_so_far
@@ -26,7 +26,7 @@ from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
 from autoprune.searching.rivals import as_random_rival, random_rival, solved_rivals
 from autoprune.searching.rows import Trial
-from autoprune.searching.runs import REFERENCE
+from autoprune.searching.runs import REFERENCE, write_text
 from autoprune.searching.study import run_study
 
 RUNS = Path("results/runs")
@@ -192,6 +192,9 @@ def _search_part(
             f"cheap scores the best policy is {plan.filtered.foreseen:.1%} worse for it"
         )
     plan.bench.store.shrink()
+    if rivals and not ledger.trials():
+        observer.stage("exporting the smallest policy, to be sure")
+        preflight(plan, ledger.run_dir)
     observer.stage("measuring the dense model")
     plan.bench.teacher("fitness")
     sensitivities = plan.sensitivities(observer.stage)
@@ -282,19 +285,3 @@ def _on_trial(plan: Plan, folder: Path, observer: Observer) -> Callable[[Trial],
         plan.plugins.notify("trial_finished", trial=trial, run_dir=folder)
 
     return on_trial
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file of a run folder whole, or not at all.
-
-    Raises:
-        RunError: If it cannot be written, as on a full disk.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)

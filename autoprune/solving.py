@@ -7,8 +7,8 @@ from typing import Any
 
 from autoprune.errors import ConfigError
 from autoprune.limits import Limit
-from autoprune.run import write_text
 from autoprune.searching.formulate import SIZE
+from autoprune.searching.runs import write_text
 from autoprune.searching.solve import Solution, solve_front
 from autoprune.searching.solve import solve as solve_within
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
+from autoprune.adapting import adapted
 from autoprune.config import TextConfig
 from autoprune.deliver import ExportReport, export_policy
 from autoprune.errors import PolicyError
 from autoprune.evaluation.provenance import made_for, measured_on
+from autoprune.evaluation.targets import check_target
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.folder import POLICY_FILE
 from autoprune.exporting.fresh_process import measure
@@ -35,11 +37,12 @@ def apply(
     target: str = "packed",
     task: str | None = None,
     text: TextConfig | None = None,
+    adapt: bool = False,
     force: bool = False,
     plugins: Sequence[str] = (),
     observer: Observer | None = None,
 ) -> ExportReport:
-    """Compress another checkpoint of the same shape by a policy, and export it.
+    """Compress another checkpoint by a policy, and export it.
 
     Statistics are taken anew from that model, block by block, on the inputs that its
     own compressed blocks give.
@@ -51,6 +54,8 @@ def apply(
         target: Export target.
         task: What the model is for; by default what the policy was made for.
         text: Which text to take statistics from and to measure on.
+        adapt: Take the policy to a model of another depth, by relative depth and type
+            of site; else the model has to have the same sites.
         force: Replace an export that is there already.
         plugins: Modules to load beside the installed plugins.
         observer: Hears of stages.
@@ -65,8 +70,10 @@ def apply(
     text = text or TextConfig()
     observer.stage("loading model and text")
     bench = _open(load_plugins(plugins), model, task, text, target)
+    if adapt:
+        chosen = adapted(chosen, bench.inventory)
     chosen = bench.actions.canonical_policy(chosen)
-    bench.storages(chosen)  # a policy that does not fit is refused before any work
+    check_target(bench, chosen, target)  # what does not fit is refused before any work
     bank = bench.bank(chosen)
     observer.stage("making variants")
     bank.make(bench.per_layer(chosen).items(), observer.advance)

@@ -22,12 +22,12 @@ from autoprune.policy import Action, Policy
 from autoprune.reporting.observer import Observer
 from autoprune.reporting.status import RunStatus
 from autoprune.run import RANDOM_RIVAL, SearchResult, find_space, search
-from autoprune.run import write_text as write_whole
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
 from autoprune.searching.rivals import RANDOM, rival_kind
 from autoprune.searching.rows import Trial
 from autoprune.searching.runs import read_trial, read_trials
+from autoprune.searching.runs import write_text as write_whole
 from autoprune.transfer import apply, evaluate
 
 METRICS = {

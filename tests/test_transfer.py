@@ -127,6 +127,40 @@ def test_a_policy_does_not_fit_a_shallower_model(
         apply(run.policy, model=str(shallow), out=tmp_path / "out", text=text)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_policy_is_taken_to_another_depth_and_width(
+    run: SearchResult, tiny_checkpoint: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    larger = {"num_hidden_layers": 4, "intermediate_size": 256, "hidden_size": 128}
+    deeper = changed(tiny_checkpoint, tmp_path / "deeper", **larger)
+    report = apply(
+        run.policy, model=str(deeper), out=tmp_path / "out", text=text, adapt=True
+    )
+    assert run.policy is not None
+    for block, source in enumerate((0, 0, 1, 1)):
+        for part in ("qkv", "o", "gate_up", "down"):
+            taken = report.policy[f"blocks.{block}.{part}"]
+            assert taken == run.policy[f"blocks.{source}.{part}"]
+    assert report.policy["embedding"] == run.policy["embedding"]
+    assert report.verified.layers == 29
+    assert report.metrics["kl"] > 0
+
+
+def test_another_family_is_no_matter_of_depth(
+    run: SearchResult,
+    text: TextConfig,
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = save_tiny("gpt2", tmp_path / "model", tiny_tokenizer)
+    with pytest.raises(PolicyError, match="no site 'blocks.0.gate_up'"):
+        apply(run.policy, model=str(model), out=tmp_path / "out", text=text, adapt=True)
+    lacking = Policy({"embedding": DENSE, "blocks.1.qkv": DENSE})
+    with pytest.raises(PolicyError, match=r"every block, .* found blocks \[1\]"):
+        apply(lacking, model=str(model), out=tmp_path / "out", text=text, adapt=True)
+
+
 def test_a_policy_does_not_fit_another_family(
     run: SearchResult,
     text: TextConfig,

@@ -1,11 +1,12 @@
 """What a weight is, to the bit, in one short text."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from autoprune.models.weights import dtype_name
+from autoprune.models.weights import dtype_name, find_weight
 
 
 def digest(weight: Tensor) -> str:
@@ -23,3 +24,19 @@ def digest(weight: Tensor) -> str:
     hashes = hashlib.sha256(f"{dtype_name(plain)} {tuple(plain.shape)} ".encode())
     hashes.update(plain.view(torch.uint8).numpy().data)
     return hashes.hexdigest()
+
+
+def digests_of(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Tell what each layer or parameter weighs; what is absent is left out."""
+    state = model.state_dict() if names else {}
+    found = {}
+    for name in names:
+        weight = state.get(name)
+        if weight is None:
+            try:
+                weight = find_weight(model, name)
+            except AttributeError:  # no such module
+                continue
+        if weight is not None:
+            found[name] = digest(weight)
+    return found

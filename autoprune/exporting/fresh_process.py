@@ -6,21 +6,18 @@ input, and answers in JSON.
 
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from autoprune.errors import AutoPruneError
-from autoprune.exporting.digests import digest
+from autoprune.exporting.digests import digests_of
 from autoprune.exporting.marker import exporter_of
 from autoprune.exporting.probe import Probe
 from autoprune.models.checkpoints import Checkpoint, load_tokenizer
 from autoprune.models.task import Task
-from autoprune.models.weights import find_weight
 from autoprune.plugins import load_plugins
 
 
@@ -37,7 +34,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     task: Task = plugins.get("tasks", request["task"])
     exporter = exporter_of(folder, plugins)
     model = exporter.load(folder)
-    digests = _digests(model, request.get("layers", ()))
+    digests = digests_of(model, request.get("layers", ()))
     if request["dtype"]:
         for parameter in model.parameters():  # buffers keep the precision they need
             parameter.data = parameter.data.to(getattr(torch, request["dtype"]))
@@ -64,22 +61,6 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "layers": digests,
         "probe": probe,
     }
-
-
-def _digests(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """Tell what each layer or parameter weighs; what is absent is left out."""
-    state = model.state_dict() if names else {}
-    found = {}
-    for name in names:
-        weight = state.get(name)
-        if weight is None:
-            try:
-                weight = find_weight(model, name)
-            except AttributeError:  # no such module
-                continue
-        if weight is not None:
-            found[name] = digest(weight)
-    return found
 
 
 def main() -> None:

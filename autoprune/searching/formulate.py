@@ -19,6 +19,7 @@ from autoprune.evaluation.metric import Evidence, Metric
 from autoprune.evaluation.reward import Reward
 from autoprune.evaluation.timed import latencies
 from autoprune.evaluation.workbench import Workbench
+from autoprune.exporting.exporter import Exporter
 from autoprune.limits import Limit
 from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
@@ -107,6 +108,26 @@ def read_actions(known: Actions, rule: Rule) -> tuple[Action, ...]:
         return tuple(dict.fromkeys(known.canonical(a) for a in parsed))
     except (PolicyError, MethodError) as error:
         raise ConfigError(f"space, sites {rule.sites!r}: {error}") from error
+
+
+def check_export(exporter: Exporter, *, fuse: bool) -> None:
+    """Refuse a target that no search can have, before a model is loaded.
+
+    Raises:
+        ConfigError: If it stores no weights, or layers that it takes as one are to be
+            searched one by one.
+    """
+    if not exporter.weights:
+        raise ConfigError(
+            f"export: the target {exporter.name!r} stores no weights, so there is no "
+            "size to search by. Search for packed, and export the winner as "
+            f"{exporter.name} with 'autoprune export RUN --target {exporter.name}'"
+        )
+    if exporter.fuses and not fuse:
+        raise ConfigError(
+            f"fuse: false lets layers of one site differ, but runtimes of the target "
+            f"{exporter.name!r} take them as one. Set fuse: true, or search for packed"
+        )
 
 
 def refusal(bench: Workbench, layer: Layer, action: Action) -> str | None:

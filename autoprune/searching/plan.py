@@ -22,6 +22,7 @@ from autoprune.policy import Action, Layer, Policy
 from autoprune.searching.formulate import (
     DEFAULT_REWARD,
     SIZE,
+    check_export,
     formulate,
     front_goals,
     make_objective,
@@ -81,6 +82,7 @@ class Plan:
             AutoPruneError: If model, text or a plugin fails.
         """
         # What can be refused without a model is refused before one is loaded.
+        check_export(plugins.get("exporters", config.export), fuse=config.fuse)
         plugins.get("samplers", config.search.sampler or DEFAULTS[0])
         plugins.get("rewards", config.objective.reward or DEFAULT_REWARD)
         for rule in config.space:

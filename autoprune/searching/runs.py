@@ -1,6 +1,7 @@
 """Reads what stands in a run folder."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,19 @@ def check_unchanged(folder: Path, now: Mapping[str, Any]) -> None:
             + "\n  ".join(lines)
             + "\nBring that back, or search again in another run folder."
         )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of a run folder whole, or not at all.
+
+    Raises:
+        RunError: If it cannot be written, as on a full disk.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
