@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from autoprune.evaluation.metric import Metric
     from autoprune.evaluation.reward import Reward
     from autoprune.exporting.exporter import Exporter
-    from autoprune.exporting.folder import load
     from autoprune.exporting.verification import verify
     from autoprune.hookspecs import hookimpl
     from autoprune.latency.device import Device, LatencyBackend
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from autoprune.searching.formulas import Formula, Ladder
     from autoprune.searching.proposer import Proposer
     from autoprune.searching.strategies import Brief, PolicySampler, SamplerFactory
+    from autoprune.serving import load
     from autoprune.transfer import apply, evaluate
 
     __version__: str
@@ -107,7 +107,6 @@ _HOMES = {
     "compression.variant": ("Variant",),
     "config": ("RunConfig",),
     "deliver": ("export",),
-    "exporting.folder": ("load",),
     "exporting.verification": ("verify",),
     "transfer": ("apply", "evaluate"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
@@ -124,6 +123,7 @@ _HOMES = {
     "policy": ("Action", "Layer", "Policy", "Site"),
     "proving": ("prove",),
     "run": ("search",),
+    "serving": ("load",),
     "searching.formulas": ("Formula", "Ladder"),
     "searching.proposer": ("Proposer",),
     "searching.strategies": ("Brief", "PolicySampler", "SamplerFactory"),

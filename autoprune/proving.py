@@ -7,33 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from autoprune.compression.actions import Actions
 from autoprune.compression.storage import Storage
-from autoprune.evaluation.anatomy import Anatomy, linears_of
+from autoprune.evaluation.anatomy import Anatomy
 from autoprune.evaluation.timed import notes_on, read_workloads
-from autoprune.exporting.folder import POLICY_FILE, load
-from autoprune.exporting.marker import read_marker
+from autoprune.exporting.folder import load
 from autoprune.latency.comparing import compare
 from autoprune.latency.device import Device
 from autoprune.latency.estimate import Estimate
-from autoprune.latency.kernels import KERNELS
-from autoprune.latency.model_running import KernelLinear, pass_of
+from autoprune.latency.model_running import pass_of
 from autoprune.latency.opening import open_device
 from autoprune.latency.running import generator_on
-from autoprune.latency.shape import DENSE, SPARSE, ModelShape
+from autoprune.latency.shape import ModelShape
 from autoprune.latency.timing import CudaTimer
 from autoprune.latency.whole_models import Step
 from autoprune.latency.workload import Workload
-from autoprune.models.layers import Inventory, inventory
+from autoprune.models.layers import inventory
 from autoprune.models.task import output_layer
-from autoprune.plugins import Plugins, load_plugins
-from autoprune.policy import Layer
-from autoprune.transfer import read_policy
-
-PACKED = "packed"
-"""The target whose folders still know how each layer is stored."""
+from autoprune.plugins import load_plugins
+from autoprune.serving import storages_of, use_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,75 +113,18 @@ def prove(
         dense: Any = load(place, plugins=plugins)
         dense = dense.to(kind, getattr(torch, work.dtype))
         found = inventory(dense, list(loaded.objects["architectures"].values()))
-        storages = _storages(place, dense, found, loaded)
+        storages = storages_of(place, dense, found, loaded)
         anatomy = Anatomy.of(
             dense.config, found, vocabulary=output_layer(dense).weight.shape[0]
         )
         compressed = deepcopy(dense)
-        kernels = _replace_layers(compressed, storages, opened, work)
+        kernels = use_kernels(compressed, storages, opened, work)
         plain = {layer: Storage.dense(layer) for layer in found.layers}
         shapes = anatomy.shape(storages), anatomy.shape(plain)
         proofs += _phases(opened, work, (compressed, dense), shapes, seconds)
     return Proven(
         opened.name, opened.basis, kernels, tuple(proofs), tuple(notes_on(opened))
     )
-
-
-def _storages(
-    folder: Path, model: nn.Module, found: Inventory, plugins: Plugins
-) -> dict[Layer, Storage]:
-    """Tell how each layer is stored; of plain folders only zeros can be seen."""
-    if (folder / POLICY_FILE).exists() and read_marker(folder)["target"] == PACKED:
-        actions, policy = Actions(plugins.methods), read_policy(folder / POLICY_FILE)
-        per_layer = policy.per_layer(found.sites_for(policy))
-        storages = {la: actions.storage(la, act) for la, act in per_layer.items()}
-        # Loaded, what was cut is there again as zeros: it runs at its full size.
-        return {
-            la: Storage.dense(la) if one.units or not one.kept else one
-            for la, one in storages.items()
-        }
-    dense = {layer: Storage.dense(layer) for layer in found.layers}
-    for layer, storage in dense.items():
-        module = _linear(model, layer)
-        if module is not None and _is_two_of_four(module.weight):
-            dense[layer] = storage.masked(storage.numel // 2, SPARSE)
-    return dense
-
-
-def _is_two_of_four(weight: Tensor) -> bool:
-    if weight.shape[1] % 4:
-        return False
-    return bool(((weight.reshape(-1, 4) != 0).sum(1) <= 2).all())
-
-
-def _linear(model: nn.Module, layer: Layer) -> nn.Linear | None:
-    """Give the linear module of a layer, if it is one."""
-    try:
-        module = model.get_submodule(layer.name)
-    except AttributeError:  # an expert's slice of a larger parameter
-        return None
-    return module if isinstance(module, nn.Linear) else None
-
-
-def _replace_layers(
-    model: nn.Module, storages: Mapping[Layer, Storage], device: Device, work: Workload
-) -> dict[str, int]:
-    """Let each layer multiply by the kernel that was predicted for its prefill."""
-    used: dict[str, int] = {}
-    for layer, storage in storages.items():
-        module, linears = _linear(model, layer), linears_of(layer, storage)
-        if module is None or len(linears) != 1 or linears[0].format == DENSE:
-            continue
-        tokens = work.batch * work.prompt
-        term = device.predictor.linear(linears[0], tokens, work.dtype)
-        kernel = KERNELS[term.kernel]
-        if kernel.format == DENSE or module.bias is not None:
-            continue
-        parent, _, name = layer.name.rpartition(".")
-        fast = KernelLinear(kernel, module.weight.detach().float())
-        setattr(model.get_submodule(parent), name, fast)
-        used[kernel.name] = used.get(kernel.name, 0) + 1
-    return used
 
 
 def _phases(

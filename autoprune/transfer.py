@@ -173,7 +173,7 @@ def _measure_export(
         windows=text.windows,
         seed=record.get("seed", SEED),
     )
-    return measure(
+    found = measure(
         {
             "folder": str(folder),
             "ids": splits["report"].ids.tolist(),
@@ -184,6 +184,7 @@ def _measure_export(
             "threads": torch.get_num_threads(),
         }
     )
+    return {name: found[name] for name in ("perplexity", "size_bytes")}
 
 
 def _task_of(policy: str | Path | Policy | None) -> str:

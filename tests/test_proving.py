@@ -9,8 +9,9 @@ from test_latency_cli import run as run_command
 from tiny_runs import write_text
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import autoprune
 from autoprune.config import TextConfig
-from autoprune.errors import ExportError, ProfileError
+from autoprune.errors import ConfigError, ExportError, ProfileError
 from autoprune.latency.profiles import profiles_that_ship
 from autoprune.policy import Action, Policy
 from autoprune.proving import Proven, prove
@@ -71,6 +72,23 @@ def proven(folder: Path) -> Proven:
 @pytest.fixture(scope="module")
 def int8(checkpoint: Path) -> Path:
     return exported(checkpoint, checkpoint.parent / "int8", "int8_dynamic", "packed")
+
+
+def test_an_export_is_loaded_with_kernels_for_a_workload(int8: Path) -> None:
+    ids = torch.arange(3, 40)[None]
+    plain = autoprune.load(int8)
+    fast = autoprune.load(int8, workload="decode", device=PROFILE)
+    kinds = {type(module).__name__ for module in fast.modules()}
+    assert "KernelLinear" in kinds
+    assert "KernelLinear" not in {type(module).__name__ for module in plain.modules()}
+    with torch.inference_mode():
+        expected, found = (
+            model(input_ids=ids).logits.float().log_softmax(-1)
+            for model in (plain, fast)
+        )
+    assert (expected - found).abs().max() < 0.2  # activations are rounded as well
+    with pytest.raises(ConfigError, match="unknown workload 'decoding'"):
+        autoprune.load(int8, workload="decoding", device=PROFILE)
 
 
 def test_an_export_runs_on_the_kernels_of_its_formats(int8: Path) -> None:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from autoprune.models.weights import dtype_name, find_weight
 
+_PIECE = 2**20
+"""Numbers that are hashed at a time, so that no second copy is held."""
+
 
 def digest(weight: Tensor) -> str:
     """Give the SHA-256 of a weight: its type, its shape and every number.
@@ -18,11 +21,12 @@ def digest(weight: Tensor) -> str:
         >>> digest(torch.zeros(2)) == digest(-torch.zeros(2))
         True
     """
-    plain = weight.detach().cpu().contiguous()
-    if plain.is_floating_point():
-        plain = plain + torch.zeros((), dtype=plain.dtype)
+    plain = weight.detach().cpu()
     hashes = hashlib.sha256(f"{dtype_name(plain)} {tuple(plain.shape)} ".encode())
-    hashes.update(plain.view(torch.uint8).numpy().data)
+    for piece in plain.contiguous().flatten().split(_PIECE):
+        if piece.is_floating_point():
+            piece = piece + torch.zeros((), dtype=piece.dtype)
+        hashes.update(piece.view(torch.uint8).numpy().data)
     return hashes.hexdigest()
 
 

@@ -6,6 +6,7 @@ input, and answers in JSON.
 
 import json
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     plugins = load_plugins(request["plugins"])
     task: Task = plugins.get("tasks", request["task"])
     exporter = exporter_of(folder, plugins)
+    start = time.monotonic()
     model = exporter.load(folder)
+    load_seconds = time.monotonic() - start
     digests = digests_of(model, request.get("layers", ()))
     if request["dtype"]:
         for parameter in model.parameters():  # buffers keep the precision they need
@@ -58,6 +61,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "perplexity": float(mean.exp()),
         "size_bytes": exporter.written_bytes(folder),
+        "load_seconds": round(load_seconds, 2),
         "layers": digests,
         "probe": probe,
     }

@@ -31,6 +31,7 @@ class Verification:
         layers: Layers whose weights are to the bit what was exported.
         logits: Largest difference of a log-probability, in nats; 0 if all logits are
             the same to the bit.
+        load_seconds: Time until the model was loaded.
     """
 
     perplexity: float
@@ -39,6 +40,7 @@ class Verification:
     seconds: float
     layers: int = 0
     logits: float = 0.0
+    load_seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +151,7 @@ def verify_export(
         round(time.monotonic() - start, 2),
         len(expected.digests),
         apart,
+        float(answer.get("load_seconds", 0.0)),
     )
 
 
