@@ -40,7 +40,8 @@ class ExportReport:
         policy: What was exported.
         size_bytes: Of its weight files; as predicted, to the byte.
         metrics: What the policy scored on the report split.
-        verified: What a fresh process found that loaded it again.
+        verified: What a fresh process found that loaded it again; None where there are
+            no weights.
         notes: What the target made of the actions.
         usage: The lines that load it.
     """
@@ -50,7 +51,7 @@ class ExportReport:
     policy: Policy
     size_bytes: int
     metrics: Mapping[str, float]
-    verified: Verification
+    verified: Verification | None
     notes: Sequence[str] = ()
     usage: str = ""
 

@@ -59,7 +59,9 @@ def verify(
 
         found = check(folder, plugins=plugin or [])
         title = f"{folder} is what was exported"
-        write(found, verified_table(found, title=title), as_json=as_json)
+        plain = f"{title}; it has no weights to load"
+        told = verified_table(found, title=title) if found else plain
+        write(found, told, as_json=as_json)
 
 
 def apply(

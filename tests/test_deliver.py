@@ -21,6 +21,7 @@ from autoprune.config import RunConfig
 from autoprune.deliver import ExportReport, export
 from autoprune.errors import ExportError, ModelError, PluginError, RunError
 from autoprune.evaluation.provenance import bank_of
+from autoprune.exporting.verification import verify
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 from autoprune.run import SearchResult, search
@@ -79,6 +80,7 @@ def check_report(report: ExportReport) -> None:
     """The size is that of the files, and the fresh process found what was measured."""
     files = list(report.folder.glob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) == report.size_bytes
+    assert report.verified is not None
     assert report.verified.size_bytes == report.size_bytes
     assert report.verified.perplexity == pytest.approx(
         report.metrics["perplexity"], rel=1e-3
@@ -125,6 +127,50 @@ def test_the_winner_is_exported_for_plain_transformers(
     model = AutoModelForCausalLM.from_pretrained(report.folder)
     assert torch.equal(logits(model), expected)
     assert AutoTokenizer.from_pretrained(report.folder)("a b")["input_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_an_export_is_verified_again_and_tells_its_origin(
+    run: SearchResult, tmp_path: Path
+) -> None:
+    (report,) = export(run.run_dir, out=tmp_path / "won", target="transformers")
+    assert report.verified is not None
+    assert (report.verified.layers, report.verified.logits) == (15, 0)  # to the bit
+    found = verify(report.folder)
+    assert found is not None
+    assert found.logits == 0
+    manifest = json.loads((report.folder / "MANIFEST.json").read_text())
+    assert Policy.from_dict(manifest["policy"]) == run.policy
+    assert set(manifest["splits"]) == {"statistics", "fitness", "choice", "report"}
+    assert manifest["model"]["revision"] and "torch" in manifest["versions"]
+    with (report.folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    with pytest.raises(ExportError, match=r"model.safetensors has SHA-256"):
+        verify(report.folder)
+
+
+def test_recipes_have_no_weights_to_load(run: SearchResult, tmp_path: Path) -> None:
+    (report,) = export(run.run_dir, out=tmp_path / "told", target="recipes")
+    assert (report.verified, report.size_bytes) == (None, 0)
+    assert verify(report.folder) is None
+    names = {path.name for path in report.folder.iterdir()}
+    assert names >= {"recipe.yaml", "policy.json", "README.md", "MANIFEST.json"}
+    (report.folder / "recipe.yaml").write_text("")
+    with pytest.raises(ExportError, match="recipe.yaml has 0 bytes"):
+        verify(report.folder)
+
+
+def test_a_target_that_cannot_hold_the_winner_says_which_can(
+    run: SearchResult, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ExportError,
+        match=r"cannot hold this policy: model\.\S+ under .*It can be exported as packed",
+    ):
+        export(run.run_dir, out=tmp_path / "no", target="compressed-tensors")
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow

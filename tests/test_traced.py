@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import autoprune
-from autoprune.exporting.verification import TOLERANCE
+from autoprune.exporting.exporter import EXACT
 from autoprune.models.layers import Inventory, inventory
 from autoprune.policy import Site
 
@@ -89,7 +89,7 @@ def test_channels_and_heads_go(
     )
     assert list(plain.notes) == notes
     assert plain.verified.perplexity == pytest.approx(
-        packed.verified.perplexity, rel=TOLERANCE
+        packed.verified.perplexity, rel=EXACT.perplexity
     )
 
 

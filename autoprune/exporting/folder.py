@@ -53,7 +53,7 @@ def write_export(
     card: Callable[[Mapping[str, Any]], str],
     check: Check = verify_export,
     force: bool = False,
-) -> Verification:
+) -> Verification | None:
     """Write an export: model, tokenizer, ``policy.json``, model card and manifest.
 
     A folder that its check refuses keeps ``.failed`` behind its name, and replaces
@@ -73,7 +73,7 @@ def write_export(
         force: Replace an export that is there already.
 
     Returns:
-        What the fresh process found.
+        What the fresh process found; None where there are no weights to load.
 
     Raises:
         ExportError: If the folder exists, the disk is full, the size is not the
@@ -94,19 +94,23 @@ def write_export(
                     f"the weight files in {made} have {found} bytes, but the exporter "
                     f"{exporter.name!r} had predicted {size_bytes}"
                 )
-            verified = check(made, expected)
+            verified = check(made, expected) if exporter.weights else None
         except ExportError as error:
             failed = _keep_failed(made, folder)
             reason = str(error).replace(str(made), str(failed))
             raise ExportError(f"{reason}. What was written is in {failed}") from error
         data = _about(exporter, job, policy=policy, record=record, size_bytes=found)
-        data["verified"] = asdict(verified)
+        data["verified"] = asdict(verified) if verified else None
         data = finite(data)
         text = json.dumps(data, indent=1, allow_nan=False)
         (made / POLICY_FILE).write_text(text + "\n", encoding="utf-8")
         (made / CARD_FILE).write_text(card(data), encoding="utf-8")
         origin = {key: data[key] for key in _ORIGIN if key in data}
-        origin |= {"policy": policy.to_dict(), "command": command_line()}
+        origin |= {
+            "weights": exporter.weights,
+            "policy": policy.to_dict(),
+            "command": command_line(),
+        }
         write_manifest(made, finite(origin | expected.to_dict()))
         _move(made, folder)
     return verified
