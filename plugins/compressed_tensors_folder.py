@@ -190,6 +190,11 @@ class CompressedTensors(Exporter):
             return super().declared(storages, untouched)
         return dict(self._layouts.of(storages).parts)
 
+    def usage(self, folder: str, auto_class: str) -> str:
+        """Give the commands that serve it."""
+        sglang = f"\npython -m sglang.launch_server --model-path {folder}"
+        return f"vllm serve {folder}{sglang if self.everywhere else ''}"
+
     def notes(self, storages: Mapping[Layer, Storage]) -> list[str]:
         """Tell what is quantized how, what runtimes add, and what stays zeros."""
         schemes = {layer: self._scheme(layer, one) for layer, one in storages.items()}

@@ -58,6 +58,8 @@ HOMES = {
     "filelock": {"models", "compression", "exporting", "searching", "run"},
     "gguf": {"exporting", "models"},
     "matplotlib": {"reporting"},
+    "onnx_ir": {"exporting"},
+    "onnxruntime": {"exporting"},
     "optuna": {"searching"},
     "pandas": {"searching", "reporting", "run", "cli"},
     "platformdirs": {"models"},

@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from autoprune.errors import ExportError
 from autoprune.exporting.exporter import Exporter, ExportJob
@@ -116,8 +115,8 @@ def write_export(
     return verified
 
 
-def load(folder: str | Path, *, plugins: Sequence[str] = ()) -> PreTrainedModel:
-    """Load an export as a transformers model, ready to run.
+def load(folder: str | Path, *, plugins: Sequence[str] = ()) -> Any:
+    """Load an export as a model that is called as those of transformers are.
 
     A plain Hugging Face folder loads as well, as a causal language model.
 
@@ -130,8 +129,7 @@ def load(folder: str | Path, *, plugins: Sequence[str] = ()) -> PreTrainedModel:
         PluginError: If the plugin of its target is not there.
     """
     folder = Path(folder)
-    model: PreTrainedModel = exporter_of(folder, load_plugins(plugins)).load(folder)
-    return model
+    return exporter_of(folder, load_plugins(plugins)).load(folder)
 
 
 def check_free(folder: Path, *, force: bool) -> None:

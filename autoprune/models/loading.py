@@ -71,10 +71,9 @@ def load_strictly(
                 folder,
                 dtype=dtype,
                 local_files_only=True,
-                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, with their shapes
-                **options,
+                **{"trust_remote_code": False, **options},
             )
     except Exception as error:  # a foreign reader on foreign bytes raises anything
         raise ModelError(
