@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from autoprune.errors import ModelError
 from autoprune.models.conversion import content_hash, convert_demo, convert_gguf
 from autoprune.models.loading import first_line, load_strictly, quiet
+from autoprune.models.pickles import SUFFIXES, convert_pickle
 
 DEMO = "demo"
 """The name that stands for SmolLM2-135M-Instruct."""
@@ -63,7 +64,8 @@ def cache_dir() -> Path:
 def resolve(source: str, *, cache: Path | None = None) -> Checkpoint:
     """Find a model, and fetch or convert it where that is needed.
 
-    The demo and GGUF files are converted once, to bfloat16, into the cache.
+    The demo and GGUF files are converted once, to bfloat16, into the cache; so is a
+    pickle of weights, in its own types, if the file itself is named.
 
     Args:
         source: A local Hugging Face folder, a GGUF file, ``demo``, or the id of a model
@@ -81,6 +83,8 @@ def resolve(source: str, *, cache: Path | None = None) -> Checkpoint:
         folder = path.absolute()
     elif path.suffix == ".gguf" and path.is_file():
         folder = convert_gguf(path, cache)
+    elif path.suffix in SUFFIXES and path.is_file():
+        folder = convert_pickle(path, cache)
     elif path.exists():
         raise ModelError(
             f"{source!r} is a file but no GGUF file. Name the folder that holds "
@@ -209,8 +213,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if pickles:
         raise ModelError(
             f"{folder} has its weights only in {pickles[0].name}, a pickle, which "
-            "could run any program when read. Convert it to safetensors: if you "
-            "trust the file, load it with transformers and call save_pretrained()."
+            "could run any program when read. Name that file itself if you want it: "
+            "then its tensors are read, and nothing in it is run."
         )
     raise ModelError(
         f"{folder} has no weights: neither model.safetensors nor {INDEX} with files"

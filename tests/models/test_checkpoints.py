@@ -169,7 +169,7 @@ def test_truncated_weights(folder: Path, cache: Path) -> None:
 def test_pickles_are_refused(folder: Path, cache: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(
-        ModelError, match=r"only in pytorch_model\.bin, a pickle.*Convert"
+        ModelError, match=r"only in pytorch_model\.bin, a pickle.*Name that file"
     ):
         resolve(str(folder), cache=cache)
 
