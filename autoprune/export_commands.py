@@ -1,4 +1,4 @@
-"""The commands about exports: write one, check one, take a policy elsewhere."""
+"""The commands about exports: write and check one, take a policy elsewhere."""
 
 from pathlib import Path
 from typing import Annotated
@@ -98,7 +98,31 @@ def apply(
         tell_exports([report], as_json=as_json)
 
 
+def targets(
+    *,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Write the table for the README.")
+    ] = False,
+    plugin: Modules = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """List the export targets: what each stores, and what loads it."""
+    if markdown and as_json:
+        raise typer.BadParameter("--markdown stands alone: leave --json out")
+    with session(verbose=verbose):
+        from autoprune.plugins import load_plugins
+        from autoprune.reporting.export_tables import targets_markdown, targets_table
+
+        found = load_plugins(plugin or []).objects["exporters"]
+        known = [found[name] for name in sorted(found)]
+        keys = ("name", "stores", "loads_in")
+        data = [{key: getattr(one, key) for key in keys} for one in known]
+        table = targets_markdown if markdown else targets_table
+        write(data, table(data), as_json=as_json)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (export, verify, apply):
+    for command in (export, verify, apply, targets):
         app.command()(command)

@@ -14,15 +14,6 @@ from transformers import PreTrainedModel
 
 from autoprune.compression.storage import Part, Storage
 from autoprune.errors import ExportError
-from autoprune.exporting.compressed_tensors_layout import Layouts
-from autoprune.exporting.compressed_tensors_notes import notes_of
-from autoprune.exporting.compressed_tensors_schemes import (
-    Scheme,
-    refuse_missing,
-    refuse_quantized,
-    refuse_width,
-    scheme_of,
-)
 from autoprune.exporting.cutting import Cutter
 from autoprune.exporting.exporter import (
     CUT,
@@ -39,6 +30,15 @@ from autoprune.models.checkpoints import load_model
 from autoprune.models.layers import Inventory
 from autoprune.models.weights import dtype_name, expert_of
 from autoprune.policy import Layer
+from autoprune.targets.compressed_tensors_layout import Layouts
+from autoprune.targets.compressed_tensors_notes import notes_of
+from autoprune.targets.compressed_tensors_schemes import (
+    Scheme,
+    refuse_missing,
+    refuse_quantized,
+    refuse_width,
+    scheme_of,
+)
 
 INT8 = Bounds(0.15, None, "activations are rounded to integers of 8 bits")
 """Measured on SmolLM2-135M in bfloat16, all layers: 0.055."""
@@ -215,7 +215,7 @@ class CompressedTensors(Exporter):
                 raise ExportError(
                     f"the target {self.name!r} cannot hold {layer.name}: {reason}"
                 )
-        from autoprune.exporting.compressed_tensors_writing import write_model
+        from autoprune.targets.compressed_tensors_writing import write_model
 
         digests = write_model(
             folder,
@@ -244,7 +244,7 @@ class CompressedTensors(Exporter):
         marker = read_marker(folder, target=self.name, needs=needs)
         if reason := refuse_missing():
             raise ExportError(f"cannot load the export {folder}: {reason}")
-        from autoprune.exporting import compressed_tensors_loading
+        from autoprune.targets import compressed_tensors_loading
 
         return compressed_tensors_loading.load_model(
             folder, auto_class=marker["auto_class"], dtype=marker["dtype"]

@@ -21,17 +21,17 @@ from autoprune.exporting.exporter import (
     Exporter,
     ExportJob,
 )
-from autoprune.exporting.gguf_blocks import is_rounded
-from autoprune.exporting.gguf_model import GgufModel
-from autoprune.exporting.gguf_outcome import notes, plain_config, whole_config
-from autoprune.exporting.gguf_reading import MODEL_FILE, load_plainly, load_whole
-from autoprune.exporting.gguf_sizes import GgufSizes
-from autoprune.exporting.gguf_writing import GgufTensors
 from autoprune.exporting.marker import read_marker, write_marker
 from autoprune.hookspecs import hookimpl
 from autoprune.models.checkpoints import load_model
 from autoprune.models.layers import Inventory
 from autoprune.policy import Layer
+from autoprune.targets.gguf_blocks import is_rounded
+from autoprune.targets.gguf_model import GgufModel
+from autoprune.targets.gguf_outcome import notes, plain_config, whole_config
+from autoprune.targets.gguf_reading import MODEL_FILE, load_plainly, load_whole
+from autoprune.targets.gguf_sizes import GgufSizes
+from autoprune.targets.gguf_writing import GgufTensors
 
 _NEEDS = {"dtype": str, "whole": bool, "tensors": dict, "sites": dict, "left_out": list}
 

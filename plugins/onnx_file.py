@@ -20,8 +20,6 @@ from autoprune.exporting.cutting import Cutter, kept_units
 from autoprune.exporting.exporter import Bounds, Digests, Exporter, ExportJob
 from autoprune.exporting.folding import fold
 from autoprune.exporting.marker import MARKER, read_marker, write_marker
-from autoprune.exporting.onnx_graph import GRAPH, PACKAGES, WEIGHTS, write_graph
-from autoprune.exporting.onnx_session import OnnxModel
 from autoprune.hookspecs import hookimpl
 from autoprune.models.biases import put_bias
 from autoprune.models.checkpoints import load_model
@@ -29,6 +27,8 @@ from autoprune.models.layers import Inventory, write_weight
 from autoprune.models.loading import first_line
 from autoprune.models.task import output_layer
 from autoprune.policy import Layer
+from autoprune.targets.onnx_graph import GRAPH, PACKAGES, WEIGHTS, write_graph
+from autoprune.targets.onnx_session import OnnxModel
 
 AUTO_CLASS = "AutoModelForCausalLM"
 

@@ -27,8 +27,6 @@ from autoprune.exporting.exporter import (
     ExportJob,
 )
 from autoprune.exporting.marker import read_marker, write_marker
-from autoprune.exporting.per_layer import PerLayerModel
-from autoprune.exporting.per_layer_writing import PerLayerTensors
 from autoprune.exporting.weight_files import write_weight_files
 from autoprune.hookspecs import hookimpl
 from autoprune.models.checkpoints import load_model
@@ -36,6 +34,8 @@ from autoprune.models.layers import Inventory
 from autoprune.models.loading import load_strictly
 from autoprune.models.weights import dtype_name
 from autoprune.policy import Layer
+from autoprune.targets.per_layer import PerLayerModel
+from autoprune.targets.per_layer_writing import PerLayerTensors
 
 CODE = "modeling_per_layer.py"
 """Name of the file that holds the class."""

@@ -12,19 +12,19 @@ from autoprune.compression.storage import Part, Storage
 from autoprune.errors import ExportError
 from autoprune.exporting.exporter import Digests, Exporter, ExportJob
 from autoprune.exporting.marker import write_marker
-from autoprune.exporting.recipe_llmcompressor import LLMCompressor
-from autoprune.exporting.recipe_tools import GPTQModel, ModelOpt
-from autoprune.exporting.recipes import (
+from autoprune.hookspecs import hookimpl
+from autoprune.models.checkpoints import load_model
+from autoprune.models.layers import Inventory
+from autoprune.policy import Action, Layer
+from autoprune.targets.recipe_llmcompressor import LLMCompressor
+from autoprune.targets.recipe_tools import GPTQModel, ModelOpt
+from autoprune.targets.recipes import (
     Modules,
     RecipeTool,
     asked_for,
     compare,
     told_left_out,
 )
-from autoprune.hookspecs import hookimpl
-from autoprune.models.checkpoints import load_model
-from autoprune.models.layers import Inventory
-from autoprune.policy import Action, Layer
 
 TOOLS: tuple[RecipeTool, ...] = (LLMCompressor(), GPTQModel(), ModelOpt())
 

@@ -369,6 +369,10 @@ def test_a_method_that_does_not_exist_is_told_with_what_is_near() -> None:
     assert "unknown method 'gtpq'. Did you mean 'gptq'?" in result.stderr
     assert result.stdout == ""
     assert run("methods", "gptq", "--markdown").exit_code == 2
+    assert "\n| `packed` | kept values" in must("targets", "--markdown").stdout
+    assert run("targets", "--json", "--markdown").exit_code == 2
+    names = [one["name"] for one in json.loads(must("targets", "--json").stdout)]
+    assert {"packed", "gguf", "compressed-tensors"} <= set(names)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """What was exported and verified, as people read it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -51,3 +51,23 @@ def _found(found: Any) -> list[str]:
     layers = f"{found.layers} to the bit" if found.layers else "not compared"
     apart = f"within {found.logits:.2g} nats" if found.logits else "to the bit"
     return [value("perplexity", found.perplexity), layers, apart]
+
+
+_TARGETS = ("target", "what is written", "what loads it")
+
+
+def targets_table(targets: Sequence[Mapping[str, str]]) -> Table:
+    """Make the table of export targets."""
+    table = plain_table("Export targets")
+    for heading in _TARGETS:
+        table.add_column(heading, ratio=2 if heading != "target" else None)
+    for target in targets:
+        table.add_row(*target.values())
+    return table
+
+
+def targets_markdown(targets: Sequence[Mapping[str, str]]) -> str:
+    """Make the table of export targets for the README."""
+    rows = [[f"`{one['name']}`", one["stores"], one["loads_in"]] for one in targets]
+    lines = [_TARGETS, ("---",) * len(_TARGETS), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

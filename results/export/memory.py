@@ -2,10 +2,10 @@
 
     python results/export/memory.py [CELL ...]
 
-All layers are rounded to 4 bits, each when it is written; weight files hold 500 MB. Each
-export runs in a fresh process, whose memory of its own (not files that it maps) is read
-every 5 ms and compared with one weight file and one layer in float32. Each cell is one
-file in ``memory/``. Linux.
+All layers are rounded to 4 bits, each when it is written; weight files hold 500 MB.
+Each export runs in a fresh process, whose memory of its own (not files that it maps) is
+read every 5 ms and compared with one weight file and one layer in float32. Each cell is
+one file in ``memory/``. Linux.
 """
 
 import argparse

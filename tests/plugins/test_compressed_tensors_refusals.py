@@ -14,9 +14,9 @@ from tiny_codes import coded_case, export_of, layer_of, storage_of
 
 from autoprune.compression.storage import Storage
 from autoprune.errors import ExportError
-from autoprune.exporting import compressed_tensors_schemes
 from autoprune.exporting.exporter import Exporter
 from autoprune.policy import Layer
+from autoprune.targets import compressed_tensors_schemes
 
 SERVED, VLLM = CompressedTensors(), CompressedTensorsVllm()
 W4 = "rtn(bits=4, group=32, symmetric=true)"

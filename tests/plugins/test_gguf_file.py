@@ -26,11 +26,11 @@ from autoprune.deliver import export_policy
 from autoprune.errors import ExportError
 from autoprune.exporting.digests import digests_of
 from autoprune.exporting.exporter import EXACT
-from autoprune.exporting.gguf_reading import MODEL_FILE
 from autoprune.exporting.marker import MARKER
 from autoprune.plugins import load_plugins
 from autoprune.policy import Action, Layer, Policy
 from autoprune.searching.plan import Plan
+from autoprune.targets.gguf_reading import MODEL_FILE
 
 RTN = "rtn(bits=4, group=32, symmetric=true)"
 EIGHT = "rtn(bits=8, symmetric=true)"

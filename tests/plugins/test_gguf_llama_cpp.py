@@ -14,8 +14,8 @@ from tiny_exports import Case
 from tiny_gguf import TEXT, byte_tokenizer, gguf_case, piece_tokenizer
 from torch import Tensor
 
-from autoprune.exporting.gguf_model import GgufModel
-from autoprune.exporting.gguf_reading import MODEL_FILE
+from autoprune.targets.gguf_model import GgufModel
+from autoprune.targets.gguf_reading import MODEL_FILE
 
 llama_cpp = pytest.importorskip("llama_cpp")
 

@@ -16,8 +16,8 @@ from tiny_exports import Case, tiny_case
 from tiny_sites import site_case
 
 from autoprune.errors import ExportError
-from autoprune.exporting import onnx_graph
 from autoprune.exporting.marker import MARKER
+from autoprune.targets import onnx_graph
 
 for package in onnx_graph.PACKAGES:
     pytest.importorskip(package)

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from autoprune.errors import ExportError
-from autoprune.exporting.gguf_tokenizer import Vocabulary, vocabulary
+from autoprune.targets.gguf_tokenizer import Vocabulary, vocabulary
 
 WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from autoprune.exporting.recipes import (
+from autoprune.targets.recipes import (
     LeftOut,
     Modules,
     RecipeTool,

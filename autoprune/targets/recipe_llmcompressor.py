@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from autoprune.exporting.recipes import (
+from autoprune.targets.recipes import (
     LeftOut,
     Modules,
     RecipeTool,

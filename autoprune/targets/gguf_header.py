@@ -24,11 +24,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from autoprune.exporting.gguf_blocks import Kind
-from autoprune.exporting.gguf_families import head_dim, rope
-from autoprune.exporting.gguf_model import Entry, GgufModel
-from autoprune.exporting.gguf_tokenizer import Vocabulary
-from autoprune.exporting.per_layer_blocks import Block
+from autoprune.targets.gguf_blocks import Kind
+from autoprune.targets.gguf_families import head_dim, rope
+from autoprune.targets.gguf_model import Entry, GgufModel
+from autoprune.targets.gguf_tokenizer import Vocabulary
+from autoprune.targets.per_layer_blocks import Block
 
 _FILE_TYPES = {
     Kind.F32: LlamaFileType.ALL_F32,

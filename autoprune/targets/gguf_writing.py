@@ -14,13 +14,13 @@ from autoprune.errors import ExportError
 from autoprune.exporting.cutting import kept_units
 from autoprune.exporting.digests import digest
 from autoprune.exporting.exporter import Digests, ExportJob
-from autoprune.exporting.gguf_blocks import Blocks, blocks, chosen, values
-from autoprune.exporting.gguf_families import head_dim
-from autoprune.exporting.gguf_header import rope_factors, writer_of
-from autoprune.exporting.gguf_model import ROPE_FACTORS, Entry, GgufModel
-from autoprune.exporting.gguf_reading import Place, bitmap
 from autoprune.exporting.shrinking import Units
 from autoprune.policy import Layer, Site
+from autoprune.targets.gguf_blocks import Blocks, blocks, chosen, values
+from autoprune.targets.gguf_families import head_dim
+from autoprune.targets.gguf_header import rope_factors, writer_of
+from autoprune.targets.gguf_model import ROPE_FACTORS, Entry, GgufModel
+from autoprune.targets.gguf_reading import Place, bitmap
 
 _LOST = 2e-3
 """Most of a layer's numbers that float16 scales may lose, relative to their length.

@@ -9,18 +9,18 @@ from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
-from autoprune.exporting.compressed_tensors_codes import (
-    cut_codes,
-    library_scheme,
-    packed,
-    read_back,
-)
-from autoprune.exporting.compressed_tensors_layout import Layout, on_disk
 from autoprune.exporting.cutting import Cutter
 from autoprune.exporting.digests import digest
 from autoprune.exporting.exporter import Digests, ExportJob
 from autoprune.exporting.piecewise import Pieces
 from autoprune.exporting.weight_files import write_weight_files
+from autoprune.targets.compressed_tensors_codes import (
+    cut_codes,
+    library_scheme,
+    packed,
+    read_back,
+)
+from autoprune.targets.compressed_tensors_layout import Layout, on_disk
 
 METADATA = {"format": "pt"}
 """What the header of a weight file carries."""

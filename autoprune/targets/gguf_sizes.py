@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from autoprune.compression.storage import Storage
-from autoprune.exporting.gguf_blocks import Kind
-from autoprune.exporting.gguf_families import named, names_of
-from autoprune.exporting.gguf_header import (
+from autoprune.policy import Layer
+from autoprune.targets.gguf_blocks import Kind
+from autoprune.targets.gguf_families import named, names_of
+from autoprune.targets.gguf_header import (
     data_bytes,
     header_bytes,
     padded,
@@ -14,8 +15,7 @@ from autoprune.exporting.gguf_header import (
     tokenizer_bytes,
     writer_of,
 )
-from autoprune.exporting.gguf_model import Entry, GgufModel
-from autoprune.policy import Layer
+from autoprune.targets.gguf_model import Entry, GgufModel
 
 
 class GgufSizes:

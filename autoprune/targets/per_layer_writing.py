@@ -17,10 +17,10 @@ from autoprune.exporting.cutting import kept_units
 from autoprune.exporting.digests import digest
 from autoprune.exporting.exporter import Digests, ExportJob, in_order
 from autoprune.exporting.folding import check_foldable
-from autoprune.exporting.per_layer import PerLayerModel
-from autoprune.exporting.per_layer_blocks import units_of
 from autoprune.exporting.shrinking import Units
 from autoprune.policy import Layer, Site
+from autoprune.targets.per_layer import PerLayerModel
+from autoprune.targets.per_layer_blocks import units_of
 
 
 @dataclass(frozen=True, eq=False)

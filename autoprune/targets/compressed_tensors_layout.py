@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from autoprune.compression.storage import Part, Storage
-from autoprune.exporting.compressed_tensors_schemes import Scheme
 from autoprune.exporting.cutting import Cutter
 from autoprune.exporting.shrinking import Remains, shrunk_state
 from autoprune.models.layers import Inventory
 from autoprune.models.weights import dtype_name, parameter_of
 from autoprune.policy import Layer
+from autoprune.targets.compressed_tensors_schemes import Scheme
 
 SchemeOf = Callable[[Layer, Storage], Scheme | None]
 """Tells how a layer is quantized; None if it is written as values."""

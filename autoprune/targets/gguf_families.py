@@ -8,8 +8,8 @@ from typing import Any
 from gguf import MODEL_ARCH, get_tensor_name_map
 
 from autoprune.compression.storage import Part
-from autoprune.exporting.gguf_blocks import VALUES
 from autoprune.models.layers import Inventory
+from autoprune.targets.gguf_blocks import VALUES
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")

@@ -21,8 +21,12 @@ from autoprune.compression.formats import FORMATS
 from autoprune.compression.storage import Part, Storage
 from autoprune.errors import ExportError, ModelError
 from autoprune.exporting.exporter import in_order
-from autoprune.exporting.gguf_blocks import BLOCK, VALUES, Kind, kind_of, row_bytes
-from autoprune.exporting.gguf_families import (
+from autoprune.exporting.switches import BiasSwitches
+from autoprune.models.checkpoints import Checkpoint, load_tokenizer
+from autoprune.models.layers import Inventory
+from autoprune.policy import Layer
+from autoprune.targets.gguf_blocks import BLOCK, VALUES, Kind, kind_of, row_bytes
+from autoprune.targets.gguf_families import (
     Family,
     family_of,
     head_dim,
@@ -31,13 +35,9 @@ from autoprune.exporting.gguf_families import (
     names_of,
     rope,
 )
-from autoprune.exporting.gguf_tokenizer import Vocabulary, vocabulary
-from autoprune.exporting.per_layer import PerLayerModel
-from autoprune.exporting.per_layer_blocks import Block, Names, cut_shape
-from autoprune.exporting.switches import BiasSwitches
-from autoprune.models.checkpoints import Checkpoint, load_tokenizer
-from autoprune.models.layers import Inventory
-from autoprune.policy import Layer
+from autoprune.targets.gguf_tokenizer import Vocabulary, vocabulary
+from autoprune.targets.per_layer import PerLayerModel
+from autoprune.targets.per_layer_blocks import Block, Names, cut_shape
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies, where a model scales them one by one."""

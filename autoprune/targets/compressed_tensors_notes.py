@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from autoprune.compression.storage import Storage
-from autoprune.exporting.compressed_tensors_schemes import SERVED_BITS, Scheme
 from autoprune.policy import Layer
+from autoprune.targets.compressed_tensors_schemes import SERVED_BITS, Scheme
 
 Schemes = Mapping[Layer, Scheme | None]
 """How each layer is quantized; None where it is not."""

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from autoprune.exporting.onnx_graph import FEATURES, GRAPH, INPUT, LOGITS, WEIGHTS
+from autoprune.targets.onnx_graph import FEATURES, GRAPH, INPUT, LOGITS, WEIGHTS
 
 
 class OnnxModel(nn.Module):

@@ -23,9 +23,9 @@ from autoprune.compression.formats import FORMATS
 from autoprune.compression.storage import BITMAP
 from autoprune.compression.variant import Variant
 from autoprune.errors import ExportError
-from autoprune.exporting.compressed_tensors_schemes import Scheme
 from autoprune.exporting.shrinking import Units
 from autoprune.policy import Layer
+from autoprune.targets.compressed_tensors_schemes import Scheme
 
 _BYTE_SCALES = {"nvfp4-pack-quantized": "e4m3", "mxfp4-pack-quantized": "e8m0"}
 """What the bytes of scales are, by format."""

@@ -11,17 +11,17 @@ from autoprune.compression.formats import FORMATS
 from autoprune.compression.storage import Storage
 from autoprune.compression.variant import Variant
 from autoprune.errors import ExportError
-from autoprune.exporting import compressed_tensors_codes
-from autoprune.exporting.compressed_tensors_codes import (
+from autoprune.policy import Layer
+from autoprune.sites import Cut
+from autoprune.targets import compressed_tensors_codes
+from autoprune.targets.compressed_tensors_codes import (
     code_numbers,
     cut_codes,
     library_scheme,
     packed,
     read_back,
 )
-from autoprune.exporting.compressed_tensors_schemes import Scheme, scheme_of
-from autoprune.policy import Layer
-from autoprune.sites import Cut
+from autoprune.targets.compressed_tensors_schemes import Scheme, scheme_of
 
 
 def variant_of(

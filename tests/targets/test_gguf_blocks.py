@@ -13,7 +13,7 @@ from autoprune.compression.grids import fit_grid, nearest_codes
 from autoprune.compression.masks import kept_by_pattern
 from autoprune.compression.storage import Storage
 from autoprune.compression.variant import Variant
-from autoprune.exporting.gguf_blocks import blocks, is_rounded, kind_of, values
+from autoprune.targets.gguf_blocks import blocks, is_rounded, kind_of, values
 
 ROWS, COLUMNS = torch.arange(6), torch.arange(128)
 

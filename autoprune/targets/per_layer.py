@@ -9,7 +9,9 @@ from typing import Any
 
 from autoprune.compression.storage import Part, Storage
 from autoprune.exporting.exporter import in_order
-from autoprune.exporting.per_layer_blocks import (
+from autoprune.models.layers import Inventory, untouched_parameters
+from autoprune.policy import Layer, Site
+from autoprune.targets.per_layer_blocks import (
     PARTS,
     Names,
     cut_shape,
@@ -17,9 +19,7 @@ from autoprune.exporting.per_layer_blocks import (
     smaller_config,
     units_of,
 )
-from autoprune.exporting.per_layer_blocks import Block as Block
-from autoprune.models.layers import Inventory, untouched_parameters
-from autoprune.policy import Layer, Site
+from autoprune.targets.per_layer_blocks import Block as Block
 
 MODEL_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 """Classes whose mathematics ``modeling_per_layer`` has, by model type."""

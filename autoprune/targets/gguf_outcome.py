@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from autoprune.compression.storage import Storage
-from autoprune.exporting.gguf_blocks import Kind, is_rounded, kind_of
-from autoprune.exporting.gguf_header import context_length
-from autoprune.exporting.gguf_model import GgufModel
-from autoprune.exporting.per_layer_blocks import PARTS, Block
 from autoprune.exporting.shrinking import Remains, shrunk_config
 from autoprune.policy import Layer
+from autoprune.targets.gguf_blocks import Kind, is_rounded, kind_of
+from autoprune.targets.gguf_header import context_length
+from autoprune.targets.gguf_model import GgufModel
+from autoprune.targets.per_layer_blocks import PARTS, Block
 
 _BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q5_0: 5, Kind.Q5_1: 5, Kind.Q8_0: 8}
 

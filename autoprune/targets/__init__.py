@@ -1,0 +1,1 @@
+"""What export targets are made of, each known by its plugin alone."""
