@@ -1,6 +1,7 @@
 """Exports the policies of a run, each verified by a fresh process."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from autoprune.evaluation.provenance import bank_of, made_for, measured_on
 from autoprune.evaluation.targets import check_target, sizes_by_target
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.folder import write_export
-from autoprune.exporting.probe import Probe
+from autoprune.exporting.probe import Probe, in_float32
 from autoprune.exporting.verification import Expected, Verification, verify_export
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
@@ -144,13 +145,16 @@ def export_policy(
     storages, exporter = bench.storages(policy), bench.exporters[target]
     check_target(bench, policy, target)
     measured, ids = bench.measure(policy, bank, "report"), bench.splits["report"].ids
+    bounds, model = exporter.bounds(storages), bench.stitched.model
+    with in_float32(model) if bounds.in_float32 else nullcontext():
+        probe = Probe.take(bench.task, model, bench.tokenizer, ids)
     expected = Expected(
         task=bench.task.name,
         ids=ids.tolist(),
         perplexity=measured.metrics["perplexity"],
         size_bytes=exporter.size_bytes(storages, bench.untouched),
-        probe=Probe.take(bench.task, bench.stitched.model, bench.tokenizer, ids),
-        bounds=exporter.bounds(storages),
+        probe=probe,
+        bounds=bounds,
         compute_dtype=str(bench.compute_dtype).removeprefix("torch."),
     )
     dense = sizes_by_target(bench, bench.dense_policy())

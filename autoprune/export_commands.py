@@ -58,8 +58,9 @@ def verify(
         from autoprune.reporting.export_tables import verified_table
 
         found = check(folder, plugins=plugin or [])
-        title = f"{folder} is what was exported"
-        plain = f"{title}; it has no weights to load"
+        whole = f"{folder} is what was exported"
+        title = f"{whole}; perplexity is that of the windows in its manifest"
+        plain = f"{whole}; it has no weights to load"
         told = verified_table(found, title=title) if found else plain
         write(found, told, as_json=as_json)
 

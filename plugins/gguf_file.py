@@ -132,7 +132,8 @@ class GgufFile(Exporter):
             return EXACT
         why = "; ".join(one.why for one in found)
         logits = sum(one.logits or 0.0 for one in found)
-        return Bounds(sum(one.perplexity for one in found), logits, why)
+        in_float32 = any(one.in_float32 for one in found)
+        return Bounds(sum(one.perplexity for one in found), logits, why, in_float32)
 
     def write(self, folder: Path, job: ExportJob) -> Digests:
         """Write the file, and a configuration that tells all that it leaves out.

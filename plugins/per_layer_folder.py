@@ -217,7 +217,7 @@ def _check_code(folder: Path) -> None:
 
 
 def _shipped() -> bytes:
-    return files("autoprune.exporting").joinpath(CODE).read_bytes()
+    return files("autoprune.targets").joinpath(CODE).read_bytes()
 
 
 def _sha256(data: bytes) -> str:

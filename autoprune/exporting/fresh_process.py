@@ -7,7 +7,7 @@ input, and answers in JSON.
 import json
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from autoprune.errors import AutoPruneError
 from autoprune.exporting.digests import digests_of
 from autoprune.exporting.marker import exporter_of
-from autoprune.exporting.probe import Probe
+from autoprune.exporting.probe import Probe, in_float32
 from autoprune.models.checkpoints import Checkpoint, load_tokenizer
 from autoprune.models.task import Task
 from autoprune.plugins import load_plugins
@@ -57,7 +57,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     if wanted := request.get("probe"):
         ids = torch.tensor(wanted["ids"])
         classes = wanted["classes"]
-        probe = Probe.take(task, model, tokenizer, ids, classes=classes).to_dict()
+        with in_float32(model) if request.get("in_float32") else nullcontext():
+            probe = Probe.take(task, model, tokenizer, ids, classes=classes).to_dict()
     return {
         "perplexity": float(mean.exp()),
         "size_bytes": exporter.written_bytes(folder),

@@ -78,6 +78,7 @@ class Expected:
         """
         try:
             probe = Probe.from_dict(manifest["probe"])
+            bounds, dtype = Bounds(**manifest["bounds"]), manifest["compute_dtype"]
             return cls(
                 task=manifest["task"],
                 ids=probe.ids,
@@ -85,8 +86,9 @@ class Expected:
                 size_bytes=manifest["size_bytes"],
                 digests=manifest["layers"],
                 probe=probe,
-                bounds=Bounds(**manifest["bounds"]),
-                compute_dtype=manifest["compute_dtype"],
+                bounds=bounds,
+                # The probe's perplexity is of the type that all of the probe is of.
+                compute_dtype="float32" if bounds.in_float32 else dtype,
             )
         except (KeyError, TypeError) as error:
             raise ExportError(
@@ -199,6 +201,7 @@ def _request(
         "threads": torch.get_num_threads(),
         "layers": list(expected.digests),
         "probe": expected.probe.to_dict() if expected.probe else None,
+        "in_float32": expected.bounds.in_float32,
     }
 
 

@@ -67,10 +67,10 @@ def policies(bench: Workbench) -> dict[str, Policy]:
         for part in ("qkv", "o", "gate_up", "down")
     }
     mlp, heads = (
-        "channels(keep={}, score=magnitude)",
-        "heads(keep=0.67, score=magnitude)",
+        "channels(keep={}, score=wanda)",
+        "heads(keep=0.67, score=wanda)",
     )
-    uneven = {f"blocks.{b}.mlp": mlp.format((0.75, 0.5)[b % 2]) for b in blocks}
+    uneven = {f"blocks.{b}.mlp": mlp.format((0.9, 0.8)[b % 2]) for b in blocks}
     uneven |= {f"blocks.{b}.attention": heads for b in blocks if b % 5 == 0}
     wanted = {
         "2-4": sites(PAIRS),
@@ -78,7 +78,7 @@ def policies(bench: Workbench) -> dict[str, Policy]:
         "w8a8": sites("int8_dynamic"),
         "mixed-3-4-8": mixed,
         "2-4-w4": sites(f"{PAIRS} + {W4}"),
-        "structured-uniform": {"blocks.*.mlp": mlp.format(0.75)},
+        "structured-uniform": {"blocks.*.mlp": mlp.format(0.9)},
         "structured-non-uniform": uneven,
         "dropped-blocks": {f"blocks.{block}": "drop" for block in (10, 20, 21)},
     }
