@@ -12,7 +12,7 @@ from autoprune.errors import RunError
 from autoprune.evaluation.provenance import bank_of, made_for, measured_on
 from autoprune.evaluation.targets import check_target, sizes_by_target
 from autoprune.evaluation.workbench import Workbench
-from autoprune.exporting.folder import write_export
+from autoprune.exporting.folder import check_free, write_export
 from autoprune.exporting.probe import Probe, in_float32
 from autoprune.exporting.verification import Expected, Verification, verify_export
 from autoprune.plugins import load_plugins
@@ -143,6 +143,7 @@ def export_policy(
         ExportError: If it cannot be written or fails its verification.
     """
     storages, exporter = bench.storages(policy), bench.exporters[target]
+    check_free(place, force=force)
     check_target(bench, policy, target)
     measured, ids = bench.measure(policy, bank, "report"), bench.splits["report"].ids
     bounds, model = exporter.bounds(storages), bench.stitched.model
@@ -161,6 +162,7 @@ def export_policy(
     sizes = {
         name: {"dense": dense[name], "compressed": size}
         for name, size in sizes_by_target(bench, policy).items()
+        if name in dense
     }
     verified = write_export(
         exporter,

@@ -140,9 +140,8 @@ class Exporter(ABC):
                 if kinds[other] != kinds[first]:
                     return (
                         f"{other.name} is stored as {kinds[other]} and {first.name} as "
-                        f"{kinds[first]}, but runtimes take the "
-                        f"layers of {site.name} as one. Give them one action, or "
-                        "export as packed, which keeps each as it is"
+                        f"{kinds[first]}, but runtimes take the layers of {site.name} "
+                        "as one. Give them one action, or export as packed"
                     )
         return None
 
