@@ -140,7 +140,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
             PluginError,
             "unknown sampler 'nsga'. Did you mean 'nsga2'",
         ),
-        ({"export": "ggfu"}, PluginError, "unknown exporter 'ggfu'.* Known: packed"),
+        ({"export": "ggfu"}, PluginError, "unknown exporter 'ggfu'. Did you mean 'gg"),
         ({"task": "mask-lm"}, PluginError, "unknown task 'mask-lm'. Did you mean 'ma"),
         ({"plugins": ["no.such"]}, PluginError, r"no\.such"),
     ],

@@ -207,6 +207,7 @@ def test_stages_are_told_in_their_order(config: RunConfig, tmp_path: Path) -> No
     assert told == [
         "loading model and text",
         "making variants",
+        "exporting the smallest policy, to be sure",
         "measuring the dense model",
         "measuring sensitivities (fisher), for rivals",
         "searching",

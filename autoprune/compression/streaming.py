@@ -235,9 +235,10 @@ class StreamingPass:
         """Put the reference's variants on the embedding, before any block is run."""
         for pair in self._compressed():
             if pair[0].block is None:
-                if self.maker.lacks(*pair):
+                weight = self.maker.stored_weight(*pair)
+                if weight is None:  # absent, or damaged
                     self.maker.make_each([pair])
-                self.maker.put(*pair)
+                self.maker.put(*pair, weight)
 
     def _pass_block(self, block: int, hidden: Hidden, wanted: Sequence[Pair]) -> Hidden:
         """Make the variants of one block, and give what the next one reads."""

@@ -15,8 +15,9 @@ HALF = "channels(keep=0.5, score=magnitude)"
 
 
 @pytest.mark.slow
-@pytest.mark.ci
-@pytest.mark.parametrize("target", ["per-layer", "onnx", "recipes"])
+@pytest.mark.parametrize(
+    "target", [pytest.param("per-layer", marks=pytest.mark.ci), "onnx", "recipes"]
+)
 def test_a_fresh_process_agrees(
     target: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

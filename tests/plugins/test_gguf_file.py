@@ -688,8 +688,7 @@ def test_a_model_of_no_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
-@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("uneven", [False, pytest.param(True, marks=pytest.mark.ci)])
 def test_a_fresh_process_agrees(uneven: bool, tmp_path: Path) -> None:
     gguf_case("llama", tmp_path / "dense")
     space = [{"actions": [RTN, "rtn(bits=5, group=32)"]}]
