@@ -13,6 +13,7 @@ import safetensors.torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from autoprune.compression.heap import give_back_free_memory
 from autoprune.compression.storage import Part
 from autoprune.errors import ExportError
 from autoprune.models.weights import dtype_name
@@ -113,6 +114,7 @@ def write_weight_files(
             held = waiting.pop(file)
             safetensors.torch.save_file(held, folder / file, dict(metadata))
             del held
+            give_back_free_memory()  # else the next file would stand beside this one
     if absent := [n for f in waiting for n in files[f] if n not in waiting[f]]:
         raise ExportError(f"tensors were declared and never came: {absent}")
     if len(files) > 1:

@@ -1,4 +1,4 @@
-"""Peak memory of writing an export of a random Llama of 1 and of 3 GB.
+"""Peak memory of writing an export of a random Llama of 1.1 and of 3.2 GB.
 
     python results/export/memory.py [CELL ...]
 
@@ -29,8 +29,8 @@ from recording import Records, Row, tell  # noqa: E402
 
 RECORDS = Records(HERE / "memory")
 SHARD = 500_000_000
-WIDTH, INNER, WORDS = 2048, 5632, 32_000
-DEPTHS = (8, 28)
+WIDTH, INNER, WORDS = 2048, 5632, 49_152
+DEPTHS = (8, 30)
 TARGETS = ("packed", "transformers", "compressed-tensors", "gguf", "per-layer")
 
 
@@ -40,6 +40,7 @@ def make_model(folder: Path, depth: int) -> None:
 
     from autoprune.compression.storage import Part
     from autoprune.exporting.weight_files import write_weight_files
+    from autoprune.models.checkpoints import load_tokenizer, resolve
 
     config = LlamaConfig(
         vocab_size=WORDS,
@@ -62,6 +63,8 @@ def make_model(folder: Path, depth: int) -> None:
     write_weight_files(folder, parts, tensors(), metadata={"format": "pt"}, limit=SHARD)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
+    # GGUF files hold the tokenizer as well.
+    load_tokenizer(resolve("demo")).save_pretrained(folder)
 
 
 def export(source: Path, target: str, out: Path) -> Row:
