@@ -80,7 +80,7 @@ def policies(bench: Workbench) -> dict[str, Policy]:
         "2-4-w4": sites(f"{PAIRS} + {W4}"),
         "structured-uniform": {"blocks.*.mlp": mlp.format(0.9)},
         "structured-non-uniform": uneven,
-        "dropped-blocks": {f"blocks.{block}": "drop" for block in (10, 20, 21)},
+        "dropped-blocks": {f"blocks.{b}.block": "drop" for b in (10, 20, 21)},
     }
     return {case: policy_of(bench, told) for case, told in wanted.items()}
 
@@ -93,6 +93,7 @@ def policy_of(bench: Workbench, told: Mapping[str, str]) -> Policy:
             named[pattern.replace("*", str(block))] = action
     found = bench.inventory.sites_for(named)
     actions = {one.name: Action.parse(named.get(one.name, "dense")) for one in found}
+    assert named.keys() <= actions.keys(), "a policy names a site that is none"
     return bench.actions.canonical_policy(Policy(actions))
 
 
