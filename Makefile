@@ -11,7 +11,7 @@ CI := (not slow or ci) and not gpu and not network
 ALL := not gpu and not network
 
 .PHONY: setup demo test test-fast test-all lint format bench bench-search bench-methods \
-	bench-memory clean help
+	bench-memory bench-export clean help
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)  ## Make .venv and install AutoPrune there (the default)
@@ -60,6 +60,10 @@ bench-methods: $(STAMP)  ## Every method on the demo; resumes, CELLS='gptq-*' fo
 
 bench-memory: $(STAMP)  ## Peak memory of a calibration pass, by width and by depth
 	$(BIN)/python results/memory/bench.py $(CELLS)
+
+bench-export: $(STAMP)  ## Every export target with every kind of policy; resumes
+	$(BIN)/python results/export/bench.py $(CELLS)
+	$(BIN)/python results/export/memory.py
 
 clean:  ## Remove caches and what was built; .venv and results stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
