@@ -7,7 +7,6 @@ plain transformers would open that, find none of the layers, and go on with rand
 after a mere warning.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from autoprune.compression.variant import Variant
 from autoprune.errors import ExportError, ModelError
 from autoprune.exporting.digests import digest
 from autoprune.exporting.exporter import Digests, Exporter, ExportJob, in_order
+from autoprune.exporting.manifest import file_sha256
 from autoprune.exporting.marker import MARKER, read_marker, write_marker
 from autoprune.exporting.weight_files import write_weight_files
 from autoprune.hookspecs import hookimpl
@@ -110,7 +110,7 @@ class Packed(Exporter):
             target=self.name,
             auto_class=job.auto_class,
             dtype=dtype_name(next(model.parameters())),
-            files={file.name: _sha256(file) for file in files},
+            files={file.name: file_sha256(file) for file in files},
             layers=layers,
         )
         return digests
@@ -181,7 +181,7 @@ def _read(folder: Path, files: Mapping[str, str]) -> dict[str, Tensor]:
     for name, sha256 in files.items():
         file = folder / Path(name).name
         try:
-            found = _sha256(file)
+            found = file_sha256(file)
             if found != sha256:
                 raise ExportError(
                     f"{file} is damaged: its {file.stat().st_size} bytes have SHA-256 "
@@ -276,11 +276,6 @@ def _restore(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @hookimpl

@@ -8,6 +8,7 @@ in a short file of Python, so that transformers has to be told to trust it.
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ from autoprune.models.weights import dtype_name
 from autoprune.policy import Layer
 from autoprune.targets.per_layer import PerLayerModel
 from autoprune.targets.per_layer_writing import PerLayerTensors
+
+UNEVEN = replace(CUT, perplexity=5e-3)
+"""Where every block is cut to another width. Measured in bfloat16: 0.0012 on
+SmolLM2-135M whose blocks differ, 0.0006 where all are cut alike."""
 
 CODE = "modeling_per_layer.py"
 """Name of the file that holds the class."""
@@ -134,7 +139,7 @@ class PerLayerFolder(Exporter):
     def bounds(self, storages: Mapping[Layer, Storage]) -> Bounds:
         """Tell how far a model that is cut may be from the masked one."""
         known = self._fitting()
-        return CUT if known and known.is_cut(storages) else EXACT
+        return UNEVEN if known and known.is_cut(storages) else EXACT
 
     def write(self, folder: Path, job: ExportJob) -> Digests:
         """Write weights, configuration and code.

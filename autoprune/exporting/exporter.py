@@ -48,7 +48,7 @@ machine, which adds bfloat16 products in another order: so much bfloat16 differs
 float32 where it counts as the same here.
 """
 
-CUT = Bounds(5e-3, 0.05, "fewer zeros are added, in another order", in_float32=True)
+CUT = Bounds(1e-3, 0.05, "fewer zeros are added, in another order", in_float32=True)
 """Where units of zeros were left out, which changes how sums are rounded."""
 
 ROTATED = Bounds(1e-2, None, "the hidden state was rotated, and weights rounded again")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from autoprune_plugins.per_layer_folder import AUTO_MAP, CODE, PerLayerFolder
+from autoprune_plugins.per_layer_folder import AUTO_MAP, CODE, UNEVEN, PerLayerFolder
 from tiny_cuts import cut_case
 from tiny_exports import Case, tiny_case
 from tiny_models import CONFIGS
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from autoprune.compression.variant import Variant
 from autoprune.errors import ExportError
 from autoprune.exporting.digests import digest
-from autoprune.exporting.exporter import CUT, EXACT
+from autoprune.exporting.exporter import EXACT
 from autoprune.exporting.marker import MARKER
 from autoprune.models.checkpoints import Checkpoint, load_tokenizer
 from autoprune.models.layers import read_weight
@@ -107,7 +107,7 @@ def test_what_is_left_out_is_told(mixed: tuple[Case, Path]) -> None:
         "3 layers are quantized: their values stay at full size",
         "loading runs modeling_per_layer.py of the folder: pass trust_remote_code=True",
     ]
-    assert exporter.bounds(case.job.storages) == CUT
+    assert exporter.bounds(case.job.storages) == UNEVEN
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
