@@ -26,6 +26,7 @@ from autoprune.options import (
     Text,
     Trials,
     Verbose,
+    Workers,
 )
 from autoprune.reporting.session import (
     observing,
@@ -76,6 +77,9 @@ def search(
     model: Model = None,
     run: RunDir = None,
     budget: Annotated[str | None, typer.Option(help="Most time: 30min, 8h.")] = None,
+    deadline: Annotated[
+        str | None, typer.Option(help="When all has to be done: 07:30.")
+    ] = None,
     trials: Trials = None,
     size: Annotated[str | None, typer.Option(help="Most bytes: 40%, 55 MB.")] = None,
     latency: Latency = None,
@@ -85,28 +89,35 @@ def search(
     sampler: Annotated[str | None, typer.Option(help="The strategy.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of all chance.")] = None,
     text: Text = None,
+    workers: Workers = None,
+    export: Annotated[
+        bool, typer.Option(help="Export the winner at the end, verified.")
+    ] = True,
     plugin: Modules = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Search for the best policy. The same command goes on where it stopped.
 
-    Of --budget and --trials, what is given here stands in place of both in the file.
+    Of --budget, --deadline and --trials, what is given here stands in place of all
+    three in the file.
     """
     with session(verbose=verbose) as console:
         config = configure(
             space,
-            ends={"budget": budget, "trials": trials},
+            ends={"budget": budget, "deadline": deadline, "trials": trials},
             modules=plugin or (),
             model=model,
             text__source=text,
             objective__budgets__size_bytes=size,
             search__sampler=sampler,
             search__seed=seed,
+            workers__count=workers,
             **within_time(latency or (), device),
         )
-        result = search_until_stopped(config, new_folder(run, space), console)
-        tell_search(result, as_json=as_json)
+        folder = new_folder(run, space)
+        result = search_until_stopped(config, folder, console, export=export)
+        tell_search(result, as_json=as_json, exports=result.exports)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What several commands do alike: configure, search, find folders."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def configure(
     search = config.search
     if any(end is not None for end in ends.values()):
         ended = {name: getattr(search, name) for name in ends if ends[name] is not None}
-        search = search.model_copy(update={"budget": None, "trials": None} | ended)
+        unset = dict.fromkeys(("budget", "deadline", "trials"))
+        search = search.model_copy(update=unset | ended)
     both = {"search": search, "plugins": [*config.plugins, *modules]}
     return config.model_copy(update=both)
 
@@ -54,16 +56,19 @@ def within_time(latency: Sequence[str], device: str | None) -> dict[str, Any]:
     return changes | {"latency__device": device}
 
 
-def search_until_stopped(config: Any, folder: Path, console: Console) -> Any:
+def search_until_stopped(
+    config: Any, folder: Path, console: Console, *, export: bool = False
+) -> Any:
     """Search until the end, or until the first Ctrl-C."""
     from autoprune import run
     from autoprune.reporting.interrupt import Interrupt
 
+    now = datetime.now().astimezone()
     with (
-        observing(console, budget_s=config.search.budget) as observer,
+        observing(console, budget_s=config.search.seconds(now)) as observer,
         Interrupt(lambda: observer.current, observer.note).listening() as stop,
     ):
-        return run.search(config, folder, observer=observer, stop=stop)
+        return run.search(config, folder, observer=observer, stop=stop, export=export)
 
 
 def text_config(source: str | None) -> Any:

@@ -1,6 +1,7 @@
 """How a run ends: the last choice, the report, and the record of the winner."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from autoprune.searching.finals import (
     take_candidates,
 )
 from autoprune.searching.plan import Plan
+from autoprune.searching.reserve import Reserve
 from autoprune.searching.rivals import rival_kind
 from autoprune.searching.rows import Trial
 from autoprune.searching.runs import name_of
@@ -40,13 +42,19 @@ class Searched:
 
 
 def conclude(
-    parts: Sequence[Searched], observer: Observer
+    parts: Sequence[Searched],
+    observer: Observer,
+    left: Callable[[], float] = lambda: math.inf,
+    reserve: Reserve | None = None,
 ) -> tuple[Finalist, dict[str, Any]]:
     """Choose on text the search never saw; report on text that nothing ever saw.
 
     Args:
         parts: The rounds, and the random search where it is a rival.
         observer: Hears of stages.
+        left: Tells how many seconds are left for all that comes.
+        reserve: What it is thought to take; finalists are refined as far as there is
+            time for it. None where there is time for all.
 
     Returns:
         The winner, and the figures of ``finals.json``.
@@ -75,7 +83,10 @@ def conclude(
     ranked.sort(key=lambda finalist: cost(finalist.choice))
     elected, rival = elect(ranked, cost)
     two = [elected, *([rival] if rival and rival is not elected else [])]
-    resolved = [_refined(plan, finalist, cost, observer) for finalist in two]
+    resolved = [
+        _refined(finalist, cost, observer, plan, _refining(plan, left, reserve))
+        for finalist in two
+    ]
     winner = min(resolved, key=lambda finalist: cost(finalist.choice))
     observer.stage("measuring on the report split")
     shown = [*resolved, *_beaten(ranked, rival)]
@@ -114,14 +125,26 @@ def _ranked(part: Searched, first: Plan, cost: Cost) -> list[Finalist]:
     return rank(first.bench, part.plan.bank, found, cost, basis=basis)
 
 
+def _refining(plan: Plan, left: Callable[[], float], reserve: Reserve | None) -> str:
+    """Tell how far the next finalist can be refined, and the rest still be in time."""
+    asked = plan.config.search.refine
+    if reserve is None:
+        return asked
+    spare = left() - reserve.closing
+    if asked == "mix" and spare >= reserve.solve + reserve.mix:
+        return asked
+    return "solve" if asked != "none" and spare >= reserve.solve else "none"
+
+
 def _refined(
-    plan: Plan, finalist: Finalist, cost: Cost, observer: Observer
+    finalist: Finalist, cost: Cost, observer: Observer, plan: Plan, refine: str
 ) -> Finalist:
-    """Solve a finalist anew, and mix it, as far as that is asked for."""
-    refine = plan.config.search.refine
+    """Solve a finalist anew, and mix it, as far as there is time."""
+    trial = name_of(finalist.candidate.part, finalist.candidate.trial)
+    if refine != plan.config.search.refine:
+        observer.note(f"no time to refine trial {trial} further than {refine!r}")
     if refine == "none":
         return finalist
-    trial = name_of(finalist.candidate.part, finalist.candidate.trial)
     observer.stage(f"solving trial {trial} on its own inputs")
     mix = refine == "mix"
     return resolve_anew(plan.bench, finalist, cost, observer.advance, mix=mix)

@@ -13,17 +13,13 @@ from pydantic import (
 )
 
 from autoprune.errors import ConfigError, unknown_name
-from autoprune.limits import STRICT, Limit, parse_duration
+from autoprune.limits import Limit
+from autoprune.search_config import Part, SearchConfig, WorkersConfig
 
-Duration = Annotated[float, BeforeValidator(parse_duration)]
 Budgets = dict[str, Annotated[Limit, BeforeValidator(Limit.parse)]]
 
 
-class _Part(BaseModel):
-    model_config = STRICT
-
-
-class TextConfig(_Part):
+class TextConfig(Part):
     """Which text, and how many windows of it each split gets.
 
     Attributes:
@@ -48,7 +44,7 @@ class TextConfig(_Part):
         return self.model_dump(exclude={"source", "window"})
 
 
-class Rule(_Part):
+class Rule(Part):
     """The actions that some sites may choose from.
 
     Attributes:
@@ -60,7 +56,7 @@ class Rule(_Part):
     actions: list[str] = Field(min_length=1)
 
 
-class ObjectiveConfig(_Part):
+class ObjectiveConfig(Part):
     """What is wanted: one metric, a reward, or a Pareto front, under budgets.
 
     Attributes:
@@ -89,10 +85,7 @@ class ObjectiveConfig(_Part):
         return self
 
 
-Rival = Literal["allocation", "quantization", "pruning", "random"]
-
-
-class LatencyConfig(_Part):
+class LatencyConfig(Part):
     """Of what time is predicted, beside what the model keeps.
 
     Each workload becomes a metric, ``latency_decode_ms``, that may be limited, improved
@@ -110,68 +103,7 @@ class LatencyConfig(_Part):
     )
 
 
-class SearchConfig(_Part):
-    """How the space is explored, and for how long.
-
-    Attributes:
-        sampler: Name of a strategy; by default ``gradient`` for the KL within budgets,
-            else ``nsga2``.
-        trials: Most trials of a round, resumed ones included.
-        budget: Most time in seconds, written such as ``8h``.
-        seed: Of everything random.
-        sensitivity: What a choice costs by itself, for strategies that ask: ``error``
-            of outputs, ``fisher`` from the dense model's gradients, or ``measured``.
-        finalists: How many of the best are compared on split C.
-        rounds: How often the space is searched: each further round with a bank on the
-            inputs of the incumbent, and levels at half the step around it.
-        rungs: Tokens of the fitness split at which a trial may end; none by default.
-        proposals: Formulas whose policies are tried after the uniform ones, such as
-            ``owl`` or ``lamp``; none by default, as each costs a trial.
-        rivals: What the winner has to beat beside the uniform policies: the best policy
-            by what choices cost by themselves (``allocation``), also of those that only
-            quantize (``quantization``) or only prune (``pruning``), a trial each; and
-            the best of a ``random`` search as long as the search itself.
-        refine: What becomes of the winner: ``solve`` makes its variants anew, block by
-            block, on its own inputs, and keeps what is better on split C; ``mix`` also
-            tries the better of the two at every site; ``none`` leaves it as it is.
-        pruner: What ends it there: ``race`` gives up what is worse than the incumbent
-            on the same windows, ``halving`` and ``wilcoxon`` are Optuna's.
-    """
-
-    sampler: str | None = None
-    trials: int | None = Field(None, ge=1)
-    budget: Duration | None = None
-    seed: int = Field(0, ge=0)
-    sensitivity: Literal["error", "fisher", "measured"] = "fisher"
-    finalists: int = Field(4, ge=1)
-    rounds: int = Field(1, ge=1, le=8)
-    rungs: list[Annotated[int, Field(ge=1)]] = []
-    proposals: list[str] = []
-    rivals: list[Rival] = ["allocation", "quantization", "pruning"]
-    refine: Literal["mix", "solve", "none"] = "mix"
-    pruner: Literal["race", "halving", "wilcoxon", "none"] = "race"
-
-    @property
-    def asked(self) -> dict[str, list[str]]:
-        """The settings of the policies to try first, where they are no defaults."""
-        fields = type(self).model_fields
-        found = {"proposals": self.proposals, "rivals": list[str](self.rivals)}
-        return {n: value for n, value in found.items() if value != fields[n].default}
-
-    @model_validator(mode="after")
-    def _ends(self) -> Self:
-        if self.trials is None and self.budget is None:
-            raise ValueError(
-                "a search needs an end: give trials, a time budget, or both"
-            )
-        if self.sampler == "random" and "random" in self.rivals:
-            raise ValueError(
-                "sampler random cannot have rival random; take one of the two away"
-            )
-        return self
-
-
-class RunConfig(_Part):
+class RunConfig(Part):
     """The whole configuration of a run.
 
     Attributes:
@@ -188,7 +120,10 @@ class RunConfig(_Part):
         objective: What is wanted.
         latency: The device and the workloads whose time counts; none by default.
         search: How and how long.
+        workers: Who evaluates: this process, others beside it, or a cluster.
         export: The export target, which decides what size means.
+        tensor_parallel: GPUs that have to share every layer of an export; what they
+            cannot is left out of the space, whatever the target.
         plugins: Modules to load beside the installed plugins.
     """
 
@@ -202,7 +137,9 @@ class RunConfig(_Part):
     objective: ObjectiveConfig = ObjectiveConfig()
     latency: LatencyConfig | None = None
     search: SearchConfig
+    workers: WorkersConfig = WorkersConfig()
     export: str = "packed"
+    tensor_parallel: int = Field(1, ge=1)
     plugins: list[str] = []
 
     @classmethod
@@ -288,5 +225,6 @@ _PARTS: dict[str, type[BaseModel]] = {
     "budgets": Limit,
     "latency": LatencyConfig,
     "search": SearchConfig,
+    "workers": WorkersConfig,
 }
 """What stands below the keys that hold more keys."""

@@ -1,9 +1,12 @@
 """Amounts as people write them: time spans, bytes, shares of the dense model."""
 
 import re
+from datetime import datetime, timedelta
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
+
+from autoprune.errors import ConfigError
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?")
 _SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -27,6 +30,55 @@ def parse_duration(text: Any) -> float:
     if not match or float(match[1]) <= 0:
         raise ValueError(f"expected a time such as 90s, 30min or 8h, found {text!r}")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def parse_bytes(text: Any) -> float:
+    """Read an amount of bytes: ``16 GB``, ``800 MB``, or a plain number.
+
+    Raises:
+        ValueError: If it is none, or not positive.
+
+    Example:
+        >>> parse_bytes("1.5 GB")
+        1500000000.0
+    """
+    match = _AMOUNT.fullmatch(str(text).strip())
+    if not match or match[2] in ("%", "x") or float(match[1]) <= 0:
+        raise ValueError(f"expected bytes such as 16 GB or 800 MB, found {text!r}")
+    return float(match[1]) * _BYTES.get(match[2], 1)
+
+
+def seconds_until(text: str, now: datetime) -> float:
+    """Tell how long it is until a deadline.
+
+    Args:
+        text: A time of day, ``07:30``, the next that comes; or a date with a time,
+            ``2026-12-01 07:30``.
+        now: Local time, with its zone.
+
+    Raises:
+        ConfigError: If it is neither, or has passed.
+
+    Example:
+        >>> seconds_until("07:30", datetime.fromisoformat("2026-12-01T23:30:00+01:00"))
+        28800.0
+    """
+    try:
+        if len(text) <= len("07:30"):
+            at = datetime.combine(now.date(), datetime.strptime(text, "%H:%M").time())
+            at = at.astimezone(now.tzinfo)
+            at = at if at > now else at + timedelta(days=1)
+        else:
+            at = datetime.fromisoformat(text)
+            at = at if at.tzinfo else at.replace(tzinfo=now.tzinfo)
+    except ValueError:
+        raise ConfigError(
+            "a deadline is a time such as 07:30, or a date with one such as "
+            f"2026-12-01 07:30, found {text!r}"
+        ) from None
+    if at <= now:
+        raise ConfigError(f"the deadline {text!r} has passed: it is {now:%F %H:%M}")
+    return (at - now).total_seconds()
 
 
 class Limit(BaseModel):

@@ -20,6 +20,9 @@ Modules = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="MODULE", help="Load a module as a plugin."),
 ]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes that evaluate side by side.")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Write the result as JSON, and nothing else.")
 ]

@@ -1,8 +1,7 @@
 """The whole path: a configuration in, a run folder with the best policy out."""
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,35 +11,29 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from autoprune.conclusion import Searched, conclude, winner_record
+from autoprune.conclusion import conclude, winner_record
 from autoprune.config import RunConfig
-from autoprune.errors import ConfigError, RunError, unknown_name
+from autoprune.deliver import ExportReport, export_policy
+from autoprune.errors import ConfigError, unknown_name
+from autoprune.parts import RANDOM_RIVAL, Part, Surroundings, plans_of, search_part
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
-from autoprune.preflight import preflight
 from autoprune.reporting.machine import to_json
-from autoprune.reporting.observer import SEARCHING, Observer
-from autoprune.searching.finals import best_so_far
-from autoprune.searching.frozen import FrozenProblem
+from autoprune.reporting.observer import Observer
+from autoprune.searching.clock import Clock, Timetable
+from autoprune.searching.engines import open_crew
+from autoprune.searching.finals import Finalist, best_so_far
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
-from autoprune.searching.rivals import as_random_rival, random_rival, solved_rivals
-from autoprune.searching.rows import Trial
-from autoprune.searching.runs import REFERENCE, write_text
-from autoprune.searching.study import run_study
+from autoprune.searching.reserve import Reserve
+from autoprune.searching.room import Room
+from autoprune.searching.runs import CONFIG, REFERENCE, write_text
 
 RUNS = Path("results/runs")
 """Where run folders are made by default, under the configuration's name."""
 
-RANDOM_RIVAL = "rival-random"
-"""Folder of the random search in a run folder."""
-
 SPACES = "autoprune_spaces"
 """The package of the spaces that ship: the folder ``search_spaces``."""
-
-
-_Part = tuple[str, Plan, Ledger]
-"""A part of a run: its folder in the run folder, its plan and its ledger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +47,9 @@ class SearchResult:
         finals: Figures of the dense model, the winner and the best rival, on the
             choice and report splits; as in ``finals.json``. Empty if it was stopped.
         trials: One row a trial.
-        ended: Why the search ended: ``trials``, ``time``, ``stopped``, ``exhausted``.
+        ended: Why the search ended: ``trials``, ``time``, ``disk``, ``stopped``,
+            ``exhausted``.
+        exports: The winner's export, if it was asked for.
     """
 
     run_dir: Path
@@ -62,6 +57,7 @@ class SearchResult:
     finals: Mapping[str, Any]
     trials: pd.DataFrame
     ended: str
+    exports: Sequence[ExportReport] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Give the result as plain data, ready for JSON."""
@@ -80,6 +76,8 @@ def search(
     *,
     observer: Observer | None = None,
     stop: Callable[[], bool] | None = None,
+    export: bool = False,
+    clock: Clock | None = None,
     **changes: Any,
 ) -> SearchResult:
     """Find the best policy of a space within the budgets.
@@ -92,6 +90,9 @@ def search(
         run_dir: The run folder; ``results/runs/<name of the file>`` by default.
         observer: Hears of stages and trials.
         stop: Asked between trials; True ends the search there, without finals.
+        export: Export the winner as well, into ``export-TARGET`` in the run folder; an
+            export that is there is replaced. Its time is part of the budget.
+        clock: By which the time budget runs; the real one by default.
         **changes: Replace values of the file: ``search__trials=10``.
 
     Raises:
@@ -100,147 +101,92 @@ def search(
             budget ends before the first trial.
         AutoPruneError: If model, text or a plugin fails.
     """
-    began = time.monotonic()
     if not isinstance(config, RunConfig):
         run_dir = run_dir or RUNS / Path(config).stem
         config = RunConfig.from_yaml(find_space(config), **changes)
+    clock = clock or Clock()
+    table = Timetable.start(clock, config.search.seconds(clock.wall()))
     folder = Path(run_dir or RUNS / "search")
     observer = observer or Observer()
     observer.stage("loading model and text")
     first = Plan.make(config, load_plugins(config.plugins))
     _tell(first, observer)
-    searched: list[_Part] = []
-    with ExitStack() as ledgers:
-        for place, share, plan in _parts(first, searched, observer):
-            ledger = ledgers.enter_context(
-                Ledger.open(folder / place, plan.fingerprint)
-            )
-            if not searched:
-                settings = yaml.safe_dump(config.model_dump(mode="json"))
-                write_text(folder / "config.yaml", settings)
-            elif plan.reference is not None:
-                reference = to_json(plan.reference.to_dict())
-                write_text(folder / place / REFERENCE, reference)
-            searched.append((place, plan, ledger))
-            end = began + share * config.search.budget if config.search.budget else None
-            ended = _search_part(plan, ledger, observer, stop, end, rivals=not place)
+    searched: list[Part] = []
+    with ExitStack() as opened:
+        for place, share, plan in plans_of(first, searched, observer):
+            ledger = opened.enter_context(Ledger.open(folder / place, plan.fingerprint))
+            searched.append(Part(place, share, plan, ledger))
+            if place:
+                _note_reference(folder / place, plan)
+            else:
+                _note_settings(folder, config)
+                table.recall(folder)
+                room = Room.of(first, folder, export=export)
+                crew = opened.enter_context(open_crew(first, folder))
+                around = Surroundings(
+                    crew, table, observer, stop or (lambda: False), room, export
+                )
+            ended = search_part(searched[-1], around)
             if ended == "stopped":
-                break
-        parts = [_ended(*part) for part in searched]
-        rounds = config.search.rounds
-        table = _table([ledger.frame() for *_, ledger in searched[:rounds]])
-        if ended == "stopped":
-            last = parts[:rounds][-1].trials or parts[0].trials
-            best_now = best_so_far(last, first.objective)
-            return SearchResult(folder, best_now, {}, table, ended)
+                return _stopped(folder, searched)
+        crew.close()  # its memory serves the finalists
         observer.stage("choosing among finalists")
-        winner, finals = conclude(parts, observer)
+        parts = [part.searched for part in searched]
+        reserve = Reserve.of(first, table, parts[0].trials, export=export)
+        winner, finals = conclude(parts, observer, table.left, reserve)
         record = winner_record(first, winner, finals)
         write_text(folder / "finals.json", to_json(finals))
         write_text(folder / "policy.json", to_json(record))
-        return SearchResult(folder, winner.candidate.policy, finals, table, ended)
+        reports = [_deliver(first, winner, record, folder, observer)] if export else []
+        policy = winner.candidate.policy
+        return SearchResult(folder, policy, finals, _table(searched), ended, reports)
 
 
-def _parts(
-    first: Plan, searched: list[_Part], observer: Observer
-) -> Iterator[tuple[str, float, Plan]]:
-    """Give the searches of a run, each planned when those before it have ended.
-
-    Args:
-        first: The plan of the first round.
-        searched: The parts so far.
-        observer: Hears of each.
-
-    Yields:
-        The part's folder in the run folder, the share of the time budget that is spent
-        when it ends, and its plan.
-    """
-    rounds, rivals = first.config.search.rounds, first.config.search.rivals
-    last = 0.5 if "random" in rivals else 1.0
-    yield "", last / rounds, first
-    for number in range(2, rounds + 1):
-        yield f"round-{number}", last * number / rounds, _next_round(searched, observer)
-    if "random" in rivals:
-        observer.note("a rival: random search for as long")
-        trials = sum(len(ledger.trials()) for *_, ledger in searched)
-        yield RANDOM_RIVAL, 1.0, random_rival(first, trials)
+def _stopped(folder: Path, searched: Sequence[Part]) -> SearchResult:
+    """Give what a search has found that was told to stop."""
+    found = [part.searched.trials for part in searched if part.place != RANDOM_RIVAL]
+    last = found[-1] or found[0]
+    best_now = best_so_far(last, searched[0].plan.objective)
+    return SearchResult(folder, best_now, {}, _table(searched), "stopped")
 
 
-def _ended(place: str, plan: Plan, ledger: Ledger) -> Searched:
-    """Give a part with its trials, those of the random search as rivals."""
-    rename = as_random_rival if place == RANDOM_RIVAL else list[Trial]
-    return Searched(place, plan, rename(ledger.trials()))
-
-
-def _search_part(
+def _deliver(
     plan: Plan,
-    ledger: Ledger,
+    winner: Finalist,
+    record: dict[str, Any],
+    folder: Path,
     observer: Observer,
-    stop: Callable[[], bool] | None,
-    deadline: float | None,
-    *,
-    rivals: bool,
-) -> str:
-    """Make the variants of a plan and search among them; tell why it ended."""
-    observer.stage("making variants")
-    start = time.monotonic()
-    made = plan.bank.make(plan.pairs, observer.advance)
-    if plan.filtered is not None and made:
-        saved = plan.filtered.saved_seconds((time.monotonic() - start) / made)
-        observer.note(
-            f"{plan.filtered.variants} variants left out: {saved:.0f} s saved; by the "
-            f"cheap scores the best policy is {plan.filtered.foreseen:.1%} worse for it"
-        )
-    plan.bench.store.shrink()
-    if rivals and not ledger.trials():
-        observer.stage("exporting the smallest policy, to be sure")
-        preflight(plan, ledger.run_dir)
-    observer.stage("measuring the dense model")
-    plan.bench.teacher("fitness")
-    sensitivities = plan.sensitivities(observer.stage)
-    proposals = list(plan.proposals)
-    if rivals:
-        proposals += solved_rivals(plan, sensitivities, observer.stage)
-    frozen = FrozenProblem.of(plan.bench, plan.problem.space, sensitivities)
-    frozen.write(ledger.run_dir)
-    observer.aim(plan.objective.goals, ledger.trials())
-    observer.stage(SEARCHING)
-    config = plan.config.search
-    ended = run_study(
-        plan.problem,
-        plan.evaluator(),
-        ledger=ledger,
-        sampler=plan.strategy,
-        objective=plan.objective,
-        seed=config.seed,
-        rungs=plan.rungs,
-        pruner=config.pruner,
-        sensitivities=sensitivities,
-        trials=config.trials,
-        deadline=deadline,
-        proposals=proposals,
-        on_trial=_on_trial(plan, ledger.run_dir, observer),
-        stop=stop,
+) -> ExportReport:
+    """Export the winner as the run's own target."""
+    target = plan.config.export
+    observer.stage(f"exporting trial {record['trial']} as {target}")
+    return export_policy(
+        plan.bench,
+        winner.bank,
+        winner.candidate.policy,
+        place=folder / f"export-{target}",
+        target=target,
+        record=record,
+        plugins=plan.config.plugins,
+        force=True,
     )
-    ledger.write_tables()
-    return ended
 
 
-def _next_round(searched: list[_Part], observer: Observer) -> Plan:
-    """Plan a round around the best policy of the one before."""
-    _, plan, ledger = searched[-1]
-    incumbent = best_so_far(ledger.trials(), plan.objective)
-    if incumbent is None:
-        raise RunError(
-            f"no trial of round {len(searched)} kept every limit, so there is nothing "
-            "to search around. Relax the limits, or give more trials or time"
-        )
-    observer.note(f"round {len(searched) + 1}: half the step, on new inputs")
-    return plan.around(incumbent)
+def _note_settings(folder: Path, config: RunConfig) -> None:
+    """Write what a run was begun with."""
+    settings = yaml.safe_dump(config.model_dump(mode="json"))
+    write_text(folder / CONFIG, settings)
 
 
-def _table(rounds: list[pd.DataFrame]) -> pd.DataFrame:
+def _note_reference(place: Path, plan: Plan) -> None:
+    """Write whose inputs the variants of a further round were made on."""
+    if plan.reference is not None:
+        write_text(place / REFERENCE, to_json(plan.reference.to_dict()))
+
+
+def _table(searched: Sequence[Part]) -> pd.DataFrame:
     """Give the trials of all rounds as one table."""
+    rounds = [part.ledger.frame() for part in searched if part.place != RANDOM_RIVAL]
     if len(rounds) == 1:
         return rounds[0]
     numbered = [one.assign(round=n) for n, one in enumerate(rounds, start=1)]
@@ -276,12 +222,3 @@ def _tell(plan: Plan, observer: Observer) -> None:
     observer.note(
         f"{free} sites to choose for, 10^{math.log10(space.policies):.0f} policies"
     )
-
-
-def _on_trial(plan: Plan, folder: Path, observer: Observer) -> Callable[[Trial], None]:
-    def on_trial(trial: Trial) -> None:
-        observer.trial(trial)
-        observer.advance(trial.number + 1, plan.config.search.trials)
-        plan.plugins.notify("trial_finished", trial=trial, run_dir=folder)
-
-    return on_trial

@@ -80,10 +80,14 @@ class Gradient(PolicySampler):
             start = np.zeros(len(self.space.sites), dtype=np.int64)
             return projection.fit(projection.cheapest, rng) if projection else start, {}
         number = max(self.brief.slopes)
-        now = self.space.index(self.brief.history[number].policy)
+        now = self.space.index(self.brief.row(number).policy)
         changes, boldness, refused = self._trust()
         if refused >= PATIENCE:
             raise ExhaustedError(f"the last {refused} sets of changes were refused")
+        for notes in self._underway(number):
+            # Wherever it ends, the set that follows its refusal is worth a look.
+            changes = max(FEWEST, min(changes, notes["changes"]) * SHRINKS)
+            refused += 1
         slope, curvature = self._slopes()
         left_out = np.zeros(len(now), dtype=bool)
         if changes < FEWEST or refused and changes == FEWEST:
@@ -128,7 +132,7 @@ class Gradient(PolicySampler):
         changes, boldness, refused = max(FEWEST, FIRST * free), 1.0, 0
         for trial in self._steps():
             notes = notes_of(trial)
-            base = self.brief.history[notes["base"]]
+            base = self.brief.row(notes["base"])
             gap, _ = paired(trial.windows, base.windows)
             if trial.number in self.brief.slopes:
                 changes, boldness, refused = min(free, changes * GROWS), 1.0, 0
@@ -143,6 +147,11 @@ class Gradient(PolicySampler):
         # A run that an older version began has steps that did not note their promise.
         return [trial for trial in self.brief.history if "promised" in notes_of(trial)]
 
+    def _underway(self, number: int) -> list[dict[str, Any]]:
+        """Give the notes of steps from the incumbent that are being measured."""
+        noted = [notes_of(trial) for trial in self.brief.pending]
+        return [notes for notes in noted if notes.get("base") == number]
+
     def _slopes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Estimate the slopes at the incumbent; give the curvature taken there.
 
@@ -150,7 +159,7 @@ class Gradient(PolicySampler):
         """
         numbers = sorted(self.brief.slopes)
         seen = [
-            (self.space.index(self.brief.history[n].policy), self.brief.slopes[n])
+            (self.space.index(self.brief.row(n).policy), self.brief.slopes[n])
             for n in numbers
         ]
         kinds = [kind_of(site.name) for site in self.space.sites]
@@ -170,7 +179,7 @@ class Gradient(PolicySampler):
         met, known = EXPECTED, 1.0
         for trial in self._steps():
             notes = notes_of(trial)
-            base = self.brief.history[notes["base"]]
+            base = self.brief.row(notes["base"])
             gap, _ = paired(trial.windows, base.windows)
             if trial.windows and np.isfinite(gap) and notes["curved"] > 0:
                 found = np.clip((gap - notes["linear"]) / notes["curved"], *WEIGHTS)

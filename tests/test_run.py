@@ -115,6 +115,8 @@ def test_the_run_folder_has_all_that_a_search_leaves(finished: SearchResult) -> 
         "finals.json",
         "policy.json",
         "problem.json",
+        "ledger.backup.sqlite",
+        "timings.json",
     }
 
 
@@ -210,6 +212,7 @@ def test_stages_are_told_in_their_order(config: RunConfig, tmp_path: Path) -> No
         "exporting the smallest policy, to be sure",
         "measuring the dense model",
         "measuring sensitivities (fisher), for rivals",
+        "measuring sensitivities (tokens), for rivals",
         "searching",
         "choosing among finalists",
         "measuring on the report split",

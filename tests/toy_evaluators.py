@@ -9,6 +9,17 @@ WINDOW = 512
 """Tokens of a window of ``SmoothEvaluator``."""
 
 
+def follow(judge, evaluator, asked, policy, wanted):
+    """Measure what a judge wants measured; give the last score, and if it is whole."""
+    course = judge.course(asked, policy, wanted)
+    job = next(course)
+    while True:
+        try:
+            job = course.send(job.run(evaluator))
+        except StopIteration as ended:
+            return ended.value
+
+
 class FormulaEvaluator(Evaluator):
     """Takes the metrics of a policy from a function."""
 

@@ -1,13 +1,14 @@
-"""Judges proposals: measures them up the rungs, and tells how each trial ended."""
+"""Judges proposals: says what to measure of each, and tells how each trial ended."""
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import optuna
 
 from autoprune.policy import Policy
+from autoprune.searching.crew import Measure
 from autoprune.searching.objective import WORST, Objective
 from autoprune.searching.rows import State, Trial
 from autoprune.searching.rungs import (
@@ -17,19 +18,22 @@ from autoprune.searching.rungs import (
     paired,
     replaces,
 )
-from autoprune.searching.trial import Evaluator, Score
+from autoprune.searching.trial import Score
 
 log = logging.getLogger(__name__)
+
+Course = Generator[Measure, Score, tuple[Score, bool]]
+"""The way of a trial: yields what to measure, is sent what that scored, and returns the
+last score and whether it is of the whole split."""
 
 FAILURES = 3
 """Trials that may fail in a row; then the error is no accident of one policy."""
 
 
 class Judge:
-    """Measures policies, beside the incumbent that they have to beat.
+    """Has policies measured, beside the incumbent that they have to beat.
 
     Args:
-        evaluator: Measures.
         objective: What is wanted.
         rungs: Windows at which a trial may end; empty for no rungs.
         pruner: What ends it there.
@@ -42,20 +46,18 @@ class Judge:
 
     def __init__(
         self,
-        evaluator: Evaluator,
         objective: Objective,
         rungs: tuple[int, ...],
         pruner: Pruner,
         trials: Sequence[Trial],
     ) -> None:
-        self._evaluator = evaluator
         self._objective = objective
         self._rungs = rungs
         self._pruner = pruner
         self._trials = trials
         self._failed: list[Exception] = []
         held = incumbents(trials, objective) if objective.single else []
-        self.incumbent = trials[held[-1]] if held else None
+        self.incumbent = next((t for t in trials if t.number in held[-1:]), None)
 
     def consider(self, trial: Trial) -> None:
         """Make a trial the incumbent if it takes its place."""
@@ -69,10 +71,8 @@ class Judge:
         if len(self._failed) >= FAILURES:
             raise self._failed[-1]
 
-    def measure(
-        self, asked: optuna.Trial, policy: Policy, wanted: int | None
-    ) -> tuple[Score, Exception | None, bool]:
-        """Measure a policy up the rungs.
+    def course(self, asked: optuna.Trial, policy: Policy, wanted: int | None) -> Course:
+        """Measure a policy up the rungs: yields what is to be measured next.
 
         Args:
             asked: The running trial.
@@ -81,29 +81,29 @@ class Judge:
                 strategy compares by itself. None to climb while the pruner lets it.
 
         Returns:
-            What it scored, the error if it failed, and True if it was measured on the
-            whole split.
+            What it scored, and True if it was measured on the whole split.
         """
-        score, reported = Score({}), 0
+        reported, whole = 0, False
         near = self.incumbent.policy if self.incumbent else None
-        try:
-            climb = range(len(self._rungs) or 1)
-            for rung in climb if wanted is None else (wanted,):
-                whole = rung == climb[-1]
-                count = None if whole else self._rungs[rung]
-                score = self._evaluator.measure(policy, count, near=near)
-                if whole or wanted is not None or not _is_finite(score):
-                    break
-                told = score.windows, self.incumbent, reported
-                if gives_up(self._pruner, asked, *told):
-                    break
-                reported = len(score.windows)
-        except Exception as error:
-            log.warning("trial %d failed: %s", len(self._trials), error, exc_info=True)
-            self._failed.append(error)
-            return Score({}), error, False
-        self._failed.clear()
-        return score, None, whole
+        climb = range(len(self._rungs) or 1)
+        for rung in climb if wanted is None else (wanted,):
+            whole = rung == climb[-1]
+            score = yield Measure(policy, None if whole else self._rungs[rung], near)
+            if whole or wanted is not None or not _is_finite(score):
+                break
+            told = score.windows, self.incumbent, reported
+            if gives_up(self._pruner, asked, *told):
+                break
+            reported = len(score.windows)
+        return score, whole
+
+    def hear(self, number: int, error: Exception | None) -> None:
+        """Hear how the measuring of a trial ended."""
+        if error is None:
+            self._failed.clear()
+            return
+        log.warning("trial %d failed: %s", number, error, exc_info=error)
+        self._failed.append(error)
 
     def verdict(
         self, score: Score, error: Exception | None, whole: bool

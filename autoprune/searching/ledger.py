@@ -1,119 +1,98 @@
 """The run's truth on disk: one row a trial, one writer.
 
-The rows stand in an embedded SQLite database. Optuna's study is rebuilt from them; its
-own storage pays per parameter, seconds a trial at hundreds of sites.
+The rows stand in an SQLite file of the run folder, or in a PostgreSQL database.
+Optuna's study is rebuilt from them; its own storage pays per parameter, seconds a trial
+at hundreds of sites.
 """
 
 import json
-import os
-import socket
-import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-import filelock
 import pandas as pd
+from sqlalchemy import ColumnElement, Connection, Select, literal_column, select, update
 
 from autoprune.errors import RunError
+from autoprune.searching.database import Database
 from autoprune.searching.fingerprint import differences
-from autoprune.searching.locking import take_lock
-from autoprune.searching.rows import Trial, from_row, to_row, utc_now
+from autoprune.searching.opening import for_reading, for_writing
+from autoprune.searching.postgres import PATIENCE_S
+from autoprune.searching.rows import Trial, from_row, to_row
 from autoprune.searching.slopes import SiteSlopes
+from autoprune.searching.sqlite_file import FILE
 from autoprune.searching.tables import frame_of, write_tables
 
-FILE = "ledger.sqlite"
+__all__ = ["FILE", "Ledger"]
 
-SCHEMA = 2
-"""Version of the tables; a reader refuses another."""
-
-APPLICATION = 0x41505255
-"""Marks an SQLite file as a ledger ("APRU")."""
-
-_TABLES = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS trials (
-    number INTEGER PRIMARY KEY, state TEXT NOT NULL, origin TEXT NOT NULL,
-    policy TEXT NOT NULL, params TEXT NOT NULL, "values" TEXT NOT NULL,
-    metrics TEXT NOT NULL, constraints TEXT NOT NULL, timings TEXT NOT NULL,
-    system_attrs TEXT NOT NULL, windows TEXT NOT NULL,
-    seed INTEGER NOT NULL, started TEXT NOT NULL,
-    finished TEXT NOT NULL, error TEXT
-);
-CREATE TABLE IF NOT EXISTS slopes (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
-"""
+AT_ONCE = 500
+"""Most trials that are asked for by number in one statement."""
 
 
 class Ledger:
-    """The rows of a run folder.
+    """The rows of a run, or of a part of it.
 
-    Opened once for writing, by the driver, under a lock of the operating system; and
-    for reading by anyone, also while the run goes on. The folder must be on a disk of
-    the machine: neither the lock nor SQLite's write-ahead log holds on NFS.
+    Opened once for writing, by the driver, under a lock; and for reading by anyone,
+    also while the run goes on.
+
+    Attributes:
+        run_dir: The folder of the run, or of the part of it.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        connection: sqlite3.Connection,
-        lock: filelock.BaseFileLock | None = None,
-    ) -> None:
+    def __init__(self, run_dir: Path, database: Database) -> None:
         self.run_dir = run_dir
-        self._connection = connection
-        self._lock = lock
+        self._database = database
 
     @classmethod
-    def open(cls, run_dir: Path, fingerprint: Mapping[str, Any]) -> Self:
-        """Open a run folder for writing; make it if there is none.
+    def open(
+        cls,
+        run_dir: Path,
+        fingerprint: Mapping[str, Any],
+        *,
+        url: str | None = None,
+        part: str = "",
+        patience: float = PATIENCE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Self:
+        """Open a run for writing; make its folder if there is none.
 
         Args:
             run_dir: The run folder.
             fingerprint: What the run was made with, as plain data: space, model, text,
                 plugins, seed ... A folder that has another is refused.
+            url: Of the PostgreSQL database that has the rows, if not the folder. It is
+                kept there without its password, and need not be given again.
+            part: The part of the run, a folder in its folder; empty for the first.
+            patience: Seconds that a database may be away before the run gives up.
+            clock: Gives seconds, for the copies of a file.
 
         Raises:
             RunError: If another run holds the folder, it was made with something else,
-                or its ledger cannot be read.
+                or its ledger cannot be read or written.
         """
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot make the run folder {run_dir}: {error}") from error
-        lock = take_lock(run_dir, lambda: _holder(run_dir))
-        with ExitStack() as undo, _reading(run_dir / FILE, writing=True):
-            undo.callback(lock.release)
-            ledger = cls(run_dir, sqlite3.connect(run_dir / FILE, timeout=30), lock)
-            undo.callback(ledger.close)
-            ledger._check_format()
-            ledger._prepare()
+        database = for_writing(run_dir, part, url, patience=patience, clock=clock)
+        with ExitStack() as undo:
+            undo.callback(database.close)
+            ledger = cls(run_dir / part, database)
             ledger._check_fingerprint(fingerprint)
             undo.pop_all()
         return ledger
 
     @classmethod
-    def read(cls, run_dir: Path) -> Self:
-        """Open a run folder for reading, also while a run goes on in it.
+    def read(cls, run_dir: Path, part: str = "") -> Self:
+        """Open a run for reading, also while it goes on.
 
         Raises:
             RunError: If it has no ledger, or one that cannot be read.
         """
-        path = run_dir / FILE
-        if not path.is_file():
-            raise RunError(f"{run_dir} is no run folder: it has no {FILE}")
-        with ExitStack() as undo, _reading(path):
-            uri = f"{path.resolve().as_uri()}?mode=ro"
-            ledger = cls(run_dir, sqlite3.connect(uri, uri=True, timeout=30))
-            undo.callback(ledger.close)
-            ledger._check_format()
-            undo.pop_all()
-        return ledger
+        return cls(run_dir / part, for_reading(run_dir / part))
 
     def close(self) -> None:
-        """Close the file and give the folder free. Doing so twice does no harm."""
-        self._connection.close()
-        if self._lock is not None:
-            self._lock.release()
+        """Let go of the rows and give the run free. Doing so twice does no harm."""
+        self._database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -124,42 +103,72 @@ class Ledger:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What the run was made with."""
-        return dict(self._meta("fingerprint", {}))
+        return dict(self._database.meta("fingerprint", {}))
 
     @property
     def study_attrs(self) -> dict[str, Any]:
         """What the sampler keeps with the study: the parents of each generation."""
-        return dict(self._meta("study_attrs", {}))
+        return dict(self._database.meta("study_attrs", {}))
 
-    def trials(self) -> list[Trial]:
-        """Read all trials, in the order of their numbers.
+    @property
+    def identity(self) -> str:
+        """A name that no other ledger has; empty in a folder of an older AutoPrune."""
+        return str(self._database.meta("identity", ""))
+
+    def trials(self, numbers: Collection[int] | None = None) -> list[Trial]:
+        """Read the trials that are finished, in the order of their numbers.
+
+        Args:
+            numbers: Which; by default all.
 
         Raises:
-            RunError: If the file is damaged.
+            RunError: If they cannot be read.
         """
-        with _reading(self.run_dir / FILE):
-            self._connection.row_factory = sqlite3.Row
-            rows = self._connection.execute("SELECT * FROM trials ORDER BY number")
-            return [from_row(row) for row in rows]
+        table = self._database.tables.trials
+        done = table.c.state != "running"
+        if numbers is None:
+            return self._rows(done)
+        wanted = sorted(numbers)
+        parts = [wanted[i : i + AT_ONCE] for i in range(0, len(wanted), AT_ONCE)]
+        return [
+            row for part in parts for row in self._rows(done & table.c.number.in_(part))
+        ]
+
+    def running(self) -> list[Trial]:
+        """Read the trials that were begun and are not finished."""
+        return self._rows(self._database.tables.trials.c.state == "running")
+
+    def numbers(self) -> list[int]:
+        """Read the numbers of the trials that are finished."""
+        tables = self._database.tables
+        table = tables.trials
+        query = select(table.c.number).where(
+            tables.own(table), table.c.state != "running"
+        )
+        return self._database.read(lambda c: sorted(c.execute(query).scalars()))
+
+    def begin(self, trial: Trial, study_attrs: Mapping[str, Any] | None = None) -> None:
+        """Write a trial that is going to be measured, in the state ``running``.
+
+        Begun again, it replaces its row. Otherwise as `add`.
+        """
+        if trial.state != "running":
+            raise ValueError(f"trial {trial.number} is {trial.state}, not running")
+        self._put(trial, study_attrs)
 
     def add(self, trial: Trial, study_attrs: Mapping[str, Any] | None = None) -> None:
-        """Write a trial, and what the sampler keeps with the study if it changed.
+        """Write a finished trial, and what the sampler keeps with the study.
 
-        Returns once the row is in the file: a killed process loses nothing of it.
+        It takes the place of its row in the state ``running``, if there is one.
+        Returns once the row is kept: a killed process loses nothing of it.
 
         Raises:
-            RunError: If it cannot be written, as on a full disk. Nothing that was
-                written before is lost.
+            RunError: If it cannot be written, as on a full disk, or is finished
+                already. Nothing that was written before is lost.
         """
-        row = to_row(trial)
-        places = ", ".join(f":{name}" for name in row)
-        names = ", ".join(f'"{name}"' for name in row)
-        with self._writing(f"trial {trial.number}"):
-            self._connection.execute(
-                f"INSERT INTO trials ({names}) VALUES ({places})", row
-            )
-            if study_attrs is not None:
-                self._set_meta("study_attrs", study_attrs)
+        if trial.state == "running":
+            raise ValueError(f"trial {trial.number} is not finished")
+        self._put(trial, study_attrs)
 
     def amend(
         self,
@@ -168,25 +177,36 @@ class Ledger:
         study_attrs: Mapping[str, Any] | None = None,
     ) -> None:
         """Replace what the sampler keeps with a trial, and with the study if given."""
-        with self._writing(f"trial {number}"):
-            self._connection.execute(
-                "UPDATE trials SET system_attrs = ? WHERE number = ?",
-                (json.dumps(dict(system_attrs)), number),
-            )
-            if study_attrs is not None:
-                self._set_meta("study_attrs", study_attrs)
+        tables = self._database.tables
+        table = tables.trials
+        change = update(table).where(tables.own(table), table.c.number == number)
+        attrs = json.dumps(dict(system_attrs))
+
+        def work(connection: Connection, again: bool) -> None:
+            connection.execute(change, {"system_attrs": attrs})
+            self._set_study_attrs(connection, study_attrs)
+
+        self._database.write(f"trial {number}", work)
 
     def add_slopes(self, number: int, slopes: SiteSlopes) -> None:
         """Write the slopes at a trial's policy; RunError if that is not possible."""
-        row = number, slopes.to_bytes()
-        with self._writing(f"the slopes of trial {number}"):
-            self._connection.execute("INSERT OR REPLACE INTO slopes VALUES (?, ?)", row)
+        tables = self._database.tables
+        row = {"number": number, "data": slopes.to_bytes()}
+
+        def work(connection: Connection, again: bool) -> None:
+            connection.execute(*tables.upsert(tables.slopes, row))
+
+        self._database.write(f"the slopes of trial {number}", work)
 
     def slopes(self) -> dict[int, SiteSlopes]:
         """Read all slopes, by number of their trial."""
-        with _reading(self.run_dir / FILE):
-            rows = self._connection.execute("SELECT * FROM slopes ORDER BY number")
-            return {number: SiteSlopes.from_bytes(data) for number, data in rows}
+        tables = self._database.tables
+        table = tables.slopes
+        query = select(table.c.number, table.c.data).where(tables.own(table))
+        rows = self._database.read(
+            lambda c: c.execute(query.order_by(table.c.number)).all()
+        )
+        return {number: SiteSlopes.from_bytes(data) for number, data in rows}
 
     def frame(self) -> pd.DataFrame:
         """Give the trials as a table, one row each.
@@ -197,101 +217,74 @@ class Ledger:
         return frame_of(self.trials())
 
     def write_tables(self) -> tuple[Path, Path]:
-        """Write ``trials.csv`` and ``trials.parquet`` beside the ledger, atomically.
+        """Write ``trials.csv`` and ``trials.parquet`` in the folder, atomically.
 
         Raises:
             RunError: If they cannot be written; older tables stay.
         """
         return write_tables(self.frame(), self.run_dir)
 
-    def _check_format(self) -> None:
-        if not self._number("SELECT count(*) FROM sqlite_master"):
-            return  # new, or given up while it was made, as on a full disk
-        path = self.run_dir / FILE
-        if (found := self._number("PRAGMA application_id")) != APPLICATION:
+    def _rows(self, condition: ColumnElement[bool]) -> list[Trial]:
+        tables = self._database.tables
+        # All columns that there are: a file of an older AutoPrune has fewer.
+        query: Select[Any] = select(literal_column("*")).select_from(tables.trials)
+        query = query.where(tables.own(tables.trials), condition)
+        query = query.order_by(tables.trials.c.number)
+        return self._database.read(
+            lambda c: [from_row(dict(row)) for row in c.execute(query).mappings()]
+        )
+
+    def _put(self, trial: Trial, study_attrs: Mapping[str, Any] | None) -> None:
+        tables = self._database.tables
+        row = to_row(trial)
+        statement = tables.upsert(tables.trials, row)
+
+        def work(connection: Connection, again: bool) -> None:
+            if not connection.execute(*statement).rowcount:
+                self._check_same(connection, row, again)
+            self._set_study_attrs(connection, study_attrs)
+
+        self._database.write(f"trial {trial.number}", work)
+
+    def _check_same(
+        self, connection: Connection, row: Mapping[str, Any], again: bool
+    ) -> None:
+        """Refuse to write over a finished row; let pass that it is ours already."""
+        tables = self._database.tables
+        table = tables.trials
+        query = select(table).where(tables.own(table), table.c.number == row["number"])
+        found = connection.execute(query).mappings().one()
+        if not again or any(found[name] != value for name, value in row.items()):
             raise RunError(
-                f"{path} is not a ledger of AutoPrune (application id {found:#x}). "
-                "Choose another run folder."
-            )
-        if (found := self._number("PRAGMA user_version")) != SCHEMA:
-            raise RunError(
-                f"{path} has format {found}, this AutoPrune reads {SCHEMA}. Go on "
-                "with the version that made it, or choose another run folder."
+                f"trial {row['number']} is finished already in {self._database.place}: "
+                "its row is not written over"
             )
 
-    def _number(self, query: str) -> int:
-        return int(self._connection.execute(query).fetchone()[0])
-
-    def _prepare(self) -> None:
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        # Nothing is lost when the process dies; when the power fails, perhaps the last
-        # trials. FULL would cost 8 ms a trial.
-        self._connection.execute("PRAGMA synchronous = NORMAL")
-        self._connection.execute(f"PRAGMA application_id = {APPLICATION}")
-        self._connection.execute(f"PRAGMA user_version = {SCHEMA}")
-        self._connection.executescript(_TABLES)
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": utc_now()}
-        with self._writing("the holder"):
-            self._set_meta("holder", me)
+    def _set_study_attrs(
+        self, connection: Connection, attrs: Mapping[str, Any] | None
+    ) -> None:
+        if attrs is not None:
+            self._database.set_meta(connection, "study_attrs", dict(attrs))
 
     def _check_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
         wanted = json.loads(json.dumps(dict(fingerprint)))
-        stored = self._meta("fingerprint", None)
-        if stored is None:
-            with self._writing("the fingerprint"):
-                self._set_meta("fingerprint", wanted)
-            return
-        if lines := differences(stored, wanted):
+        stored = self._database.meta("fingerprint")
+        named = self._database.meta("identity") is not None
+        if stored is not None and (lines := differences(stored, wanted)):
             raise RunError(
                 f"the run folder {self.run_dir} was made with something else:\n  "
                 + "\n  ".join(lines)
                 + "\nGo back to that, or choose another run folder."
             )
 
-    def _meta(self, key: str, default: Any) -> Any:
-        with _reading(self.run_dir / FILE):
-            query = "SELECT value FROM meta WHERE key = ?"
-            found = self._connection.execute(query, (key,)).fetchone()
-            return default if found is None else json.loads(found[0])
+        key = self._database.tables.key
+        name = "/".join(filter(None, key.values())) or uuid.uuid4().hex
 
-    def _set_meta(self, key: str, value: Any) -> None:
-        row = (key, json.dumps(value))
-        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", row)
+        def work(connection: Connection, again: bool) -> None:
+            if stored is None:
+                self._database.set_meta(connection, "fingerprint", wanted)
+            if not named:
+                self._database.set_meta(connection, "identity", name)
 
-    @contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
-        try:
-            with self._connection:
-                yield
-        except sqlite3.Error as error:
-            raise RunError(
-                f"cannot write {what} to {self.run_dir / FILE}: {error}. What was "
-                "written before is kept; free the disk and run the same command again."
-            ) from error
-
-
-def _holder(run_dir: Path) -> str:
-    """Name who writes to a folder, as well as can be told."""
-    found = None
-    with suppress(RunError), Ledger.read(run_dir) as ledger:
-        found = ledger._meta("holder", None)
-    if found is None:
-        return "it does not say which"
-    return f"process {found['pid']} on {found['host']}, since {found['since']}"
-
-
-@contextmanager
-def _reading(path: Path, *, writing: bool = False) -> Iterator[None]:
-    """Tell of a file that cannot be read, or where ``writing``, not be written."""
-    try:
-        yield
-    except (sqlite3.DatabaseError, json.JSONDecodeError, KeyError) as error:
-        if writing and isinstance(error, sqlite3.OperationalError):
-            raise RunError(
-                f"cannot write the ledger {path}: {error}. What was written before is "
-                "kept; free the disk and run the same command again."
-            ) from error
-        raise RunError(
-            f"cannot read the ledger {path}: {error}. It is damaged, or no ledger. "
-            "Take a copy from before, or choose another run folder."
-        ) from error
+        if stored is None or not named:
+            self._database.write("the fingerprint", work)

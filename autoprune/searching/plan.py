@@ -58,6 +58,7 @@ class Plan:
             the dense model.
         bank: The variants that trials use.
         filtered: What was left out before it was made; None if nothing was to be.
+        incumbents: Around which this and earlier further rounds are.
     """
 
     config: RunConfig
@@ -70,6 +71,7 @@ class Plan:
     reference: Policy | None
     bank: VariantBank
     filtered: Filtered | None = None
+    incumbents: tuple[Policy, ...] = ()
 
     @classmethod
     def make(
@@ -174,6 +176,7 @@ class Plan:
             proposals=(("incumbent", incumbent),),
             reference=incumbent,
             bank=bench.bank(incumbent),
+            incumbents=(*self.incumbents, incumbent),
         )
         plan.check_store()
         return plan

@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float
 
 from autoprune.compression.actions import Actions
 from autoprune.errors import BudgetError
-from autoprune.policy import Action, Site
+from autoprune.policy import Action, Policy, Site
 from autoprune.searching.allocation import allocate
 from autoprune.searching.plan import Plan
 from autoprune.searching.problem import Problem, Proposal
 from autoprune.searching.rows import Trial
-from autoprune.searching.sensitivity import Sensitivities
+from autoprune.searching.sensitivity import GRADIENTS, Sensitivities
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,11 @@ def solved_rivals(
 ) -> list[Proposal]:
     """Solve for the rivals of a plan that need no search, all within its budgets.
 
+    Where the plan asks for a sensitivity of ``GRADIENTS``, every rival is solved for by
+    each of them, the plan's own first: which one is better differs from space to space
+    and from budget to budget, a trial tells, and the search starts from the better one.
+    A policy that two of them lead to is given once.
+
     ``quantization`` and ``pruning`` are left out where choices are of one sort, and
     where nothing of theirs is that small. Without budgets the best policy is dense, so
     there are none.
@@ -57,22 +62,28 @@ def solved_rivals(
     wanted = [name for name in plan.config.search.rivals if name in SOLVED]
     if not wanted or not plan.problem.budgets:
         return []
-    costs = sensitivities
-    if costs is None:
-        kind = plan.config.search.sensitivity
+    measured = Sensitivities(plan.bench, plan.bank, plan.problem.space)
+    own, costs = plan.config.search.sensitivity, {}
+    for kind in dict.fromkeys((own, *(GRADIENTS if own in GRADIENTS else ()))):
+        if kind == own and sensitivities is not None:
+            costs[kind] = sensitivities
+            continue
         tell(f"measuring sensitivities ({kind}), for rivals")
-        costs = Sensitivities(plan.bench, plan.bank, plan.problem.space).costs(kind)
-    traits, found = _Traits(plan.problem, plan.bench.actions), []
+        costs[kind] = measured.costs(kind)
+    traits = _Traits(plan.problem, plan.bench.actions)
+    found: list[Proposal] = []
     for name in wanted:
         if name != ALLOCATION and not traits.mixed:
             continue  # it is the allocation itself
+        allowed, different = traits.allowed(name), dict[Policy, str]()
         try:
-            allowed = np.where(traits.allowed(name), costs, np.inf)
-            indices = allocate(plan.problem, allowed)
+            for kind, each in costs.items():
+                indices = allocate(plan.problem, np.where(allowed, each, np.inf))
+                origin = f"{name} only" + ("" if kind == own else f", by {kind}")
+                different.setdefault(plan.problem.space.at(indices), origin)
         except BudgetError as error:
             log.info("no rival %r: %s", f"{name} only", error)
-            continue
-        found.append((f"{name} only", plan.problem.space.at(indices)))
+        found += [(origin, policy) for policy, origin in different.items()]
     return found
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,9 +9,10 @@ from typing import Any, Literal
 
 from autoprune.policy import Policy
 
-State = Literal["complete", "pruned", "diverged", "failed"]
-"""How a trial ended: with finite metrics, on fewer windows than the fitness split has,
-with metrics that are not finite, or with an error."""
+State = Literal["running", "complete", "pruned", "diverged", "failed"]
+"""Where a trial stands: begun and not finished; or how it ended, with finite metrics,
+on fewer windows than the fitness split has, with metrics that are not finite, or with
+an error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +21,13 @@ class Trial:
 
     Attributes:
         number: Counts from 0, without gaps.
-        state: How it ended.
+        state: Where it stands, or how it ended.
         origin: The sampler, or the rival or proposal, that it came from.
         policy: What was evaluated.
         params: The policy as Optuna's parameters.
         seed: Derived from the run's and the number.
         started: UTC, ISO 8601.
-        finished: UTC, ISO 8601.
+        finished: UTC, ISO 8601; empty while it is running.
         values: What Optuna was told; none if the trial failed.
         metrics: What was measured, finite or not.
         constraints: How far each limit is exceeded; feasible at zero or less.
@@ -35,6 +35,7 @@ class Trial:
         system_attrs: What the sampler keeps with the trial.
         windows: KL of every window of the fitness split that it was measured on.
         error: Why it failed.
+        attempts: How often it was begun.
     """
 
     number: int
@@ -52,6 +53,7 @@ class Trial:
     system_attrs: Mapping[str, Any] = field(default_factory=dict)
     windows: tuple[float, ...] = ()
     error: str | None = None
+    attempts: int = 1
 
     @property
     def feasible(self) -> bool:
@@ -82,11 +84,12 @@ def to_row(trial: Trial) -> dict[str, Any]:
         "seed": trial.seed,
         "started": trial.started,
         "finished": trial.finished,
-        "error": trial.error,
+        "error": _plain(trial.error),
+        "attempts": trial.attempts,
     }
 
 
-def from_row(row: sqlite3.Row) -> Trial:
+def from_row(row: Mapping[str, Any]) -> Trial:
     """Read a trial from its row."""
     return Trial(
         number=row["number"],
@@ -104,7 +107,15 @@ def from_row(row: sqlite3.Row) -> Trial:
         started=row["started"],
         finished=row["finished"],
         error=row["error"],
+        attempts=row.get("attempts", 1),  # a reader leaves older tables as they are
     )
+
+
+def _plain(text: str | None) -> str | None:
+    """Write out what no database takes: zeros, and bytes that are no text."""
+    if text is None:
+        return None
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def _numbers_to_json(numbers: Mapping[str, float]) -> str:

@@ -1,34 +1,31 @@
 """What every choice of a space costs by itself; kept for every later search."""
 
 import logging
-import os
-import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from jaxtyping import Float, Int
 
 from autoprune.compression.bank import VariantBank
-from autoprune.errors import ConfigError, StoreError, unknown_name
-from autoprune.evaluation.sensitivity import (
-    output_errors,
-    replacement_costs,
-    score_rows,
-)
+from autoprune.errors import ConfigError, unknown_name
+from autoprune.evaluation.fisher import score_rows, token_squares
+from autoprune.evaluation.sensitivity import output_errors, replacement_costs
 from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Action, Layer, Policy, Site, digest
+from autoprune.searching.entries import Entries
 from autoprune.searching.space import SearchSpace
 
 log = logging.getLogger(__name__)
 
-KINDS = ("error", "fisher", "measured")
-"""From the Hessian, from gradients of the dense model, by an evaluation each."""
+KINDS = ("error", "fisher", "tokens", "measured")
+"""From the Hessian, from gradients of the dense model by windows and by tokens, by an
+evaluation each."""
+
+GRADIENTS = ("fisher", "tokens")
+"""Those from gradients of the dense model: each is the better one somewhere."""
 
 FORMAT = 1
 """Raised when one of the kinds is computed in another way."""
@@ -85,7 +82,8 @@ class Sensitivities:
         bank: Whose variants.
         space: What may be chosen.
         split: Where gradients and evaluations are taken.
-        windows: How many windows of it; at most all.
+        windows: How many windows of it; at most all. ``tokens`` has more of them, and
+            fewer draws in all.
         draws: How often labels are drawn for a window's gradient.
         base: The policy in which ``measured`` replaces a choice; None for dense.
         seconds: Seconds that the measurements of this object took, by kind.
@@ -106,6 +104,8 @@ class Sensitivities:
         Args:
             kind: ``error``: relative output error, summed over a site's layers;
                 ``fisher``: second-order KL from gradients of the dense model;
+                ``tokens``: the same without what changes at different positions do to
+                each other, which is biased and far less noisy;
                 ``measured``: growth of the KL when that choice alone is made.
 
         Raises:
@@ -116,7 +116,11 @@ class Sensitivities:
             raise ConfigError(unknown_name("kind of sensitivity", kind, KINDS))
         if kind == "fisher":
             return self.fisher_rows().costs()
-        table = self._errors() if kind == "error" else self._measured()
+        table = {
+            "error": self._errors,
+            "tokens": self._tokens,
+            "measured": self._measured,
+        }[kind]()
         costs = np.full((len(self.space.sites), self._width), np.inf)
         for row, site in enumerate(self.space.sites):
             for column, action in enumerate(self.space.choices[site.name]):
@@ -129,14 +133,14 @@ class Sensitivities:
         Raises:
             StoreError: If what was measured cannot be written.
         """
-        seen = self._seen()
+        seen = self._seen(self.windows)
 
         def measure(wanted: dict[Layer, list[Action]]) -> Mapping[Layer, Any]:
             teacher = self.bench.teacher(self.split)
             rows = score_rows(self.bank, teacher, wanted, seen, draws=self.draws)
             return {layer: found.T for layer, found in rows.items()}
 
-        file = self._file("fisher", self._text(), self.draws)
+        file = self._file("fisher", self._text(seen), self.draws)
         entries = self._by_layer("fisher", file, measure)
         shape = (len(self.space.sites), self._width, len(seen) * self.draws)
         scores = np.zeros(shape, dtype=np.float32)
@@ -148,9 +152,29 @@ class Sensitivities:
 
     def _errors(self) -> dict[tuple[Site, Action], float]:
         file = self._file("error")
-        entries = self._by_layer(
+        return self._summed(
             "error", file, lambda wanted: output_errors(self.bank, wanted)
         )
+
+    def _tokens(self) -> dict[tuple[Site, Action], float]:
+        # Half of ``fisher``'s draws, which cost twice as much here: of as much text as
+        # there is, since more of it tells more than more labels for the same.
+        passes = max(1, self.windows * self.draws // 2)
+        seen = self._seen(passes)
+        draws = passes // len(seen)
+
+        def measure(wanted: dict[Layer, list[Action]]) -> Mapping[Layer, Any]:
+            teacher = self.bench.teacher(self.split)
+            return token_squares(self.bank, teacher, wanted, seen, draws=draws)
+
+        file = self._file("tokens", self._text(seen), draws)
+        return self._summed("tokens", file, measure)
+
+    def _summed(
+        self, kind: str, file: Entries, measure: Any
+    ) -> dict[tuple[Site, Action], float]:
+        """Give the sum over each site's layers of what is known or measured of them."""
+        entries = self._by_layer(kind, file, measure)
         table = dict.fromkeys(self._all_pairs(), 0.0)
         for _, site, _, action in self._places():
             keys = [self.bank.key(layer, action) for layer in site.layers]
@@ -160,7 +184,8 @@ class Sensitivities:
     def _measured(self) -> dict[tuple[Site, Action], float]:
         base = self.bench.per_layer(self.base) if self.base else {}
         named = {la.name: self.bank.key(la, a) for la, a in base.items() if a.steps}
-        file = self._file("measured", self._text(), named)
+        seen = self._seen(self.windows)
+        file = self._file("measured", self._text(seen), named)
         stands = {  # what a base has at a site costs nothing more there
             (site, action): all(base.get(la, Action()) == action for la in site.layers)
             for site, action in self._all_pairs()
@@ -178,7 +203,7 @@ class Sensitivities:
                 self.bank,
                 self.bench.teacher(self.split),
                 (dict.fromkeys(site.layers, action) for site, action in absent),
-                self._seen(),
+                seen,
                 base=base,
             )
             for pair, cost in zip(absent, costs, strict=True):
@@ -188,7 +213,7 @@ class Sensitivities:
         return table | {pair: float(known[key][0]) for pair, key in keys.items()}
 
     def _by_layer(
-        self, kind: str, file: "_Entries", measure: Any
+        self, kind: str, file: Entries, measure: Any
     ) -> Mapping[str, Float[np.ndarray, " numbers"]]:
         """Read what is known of layers' variants, and measure what is not."""
         known = file.read()
@@ -228,64 +253,15 @@ class Sensitivities:
     def _width(self) -> int:
         return max(len(actions) for actions in self.space.choices.values())
 
-    def _seen(self) -> Sequence[int]:
+    def _seen(self, windows: int) -> Sequence[int]:
         """Name the windows: the first ones, the same for every pair."""
-        return range(min(self.windows, len(self.bench.splits[self.split].ids)))
+        return range(min(windows, len(self.bench.splits[self.split].ids)))
 
-    def _text(self) -> list[Any]:
+    def _text(self, seen: Sequence[int]) -> list[Any]:
         text = self.bench.splits[self.split].fingerprint
-        return [self.bench.task.name, text, len(self._seen())]
+        return [self.bench.task.name, text, len(seen)]
 
-    def _file(self, kind: str, *about: Any) -> "_Entries":
+    def _file(self, kind: str, *about: Any) -> Entries:
         """Find the file of a kind: all that its entries share is in its name."""
         folder = self.bench.store.folder.parent / "sensitivities"
-        return _Entries(
-            folder / f"{digest([FORMAT, kind, self.bank.name, *about])}.npz"
-        )
-
-
-@dataclass(frozen=True)
-class _Entries:
-    """As many numbers for each key, in a file that is whole or absent."""
-
-    path: Path
-
-    def read(self) -> dict[str, Float[np.ndarray, " numbers"]]:
-        """Read all entries; none if the file is absent or damaged."""
-        try:
-            with self.path.open("rb") as file, np.load(file) as found:
-                pairs = zip(found["keys"].tolist(), found["values"], strict=True)
-                return dict(pairs)
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warning("%s is damaged (%s): measuring again", self.path, error)
-            return {}
-
-    def add(self, new: Mapping[str, Any]) -> dict[str, Float[np.ndarray, " numbers"]]:
-        """Add entries to those that are there by now; return them all.
-
-        Raises:
-            StoreError: If the file cannot be written.
-        """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_suffix(".lock")):
-                entries = self.read() | {k: np.atleast_1d(v) for k, v in new.items()}
-                self._write(entries)
-        except OSError as error:
-            raise StoreError(
-                f"cannot write sensitivities to {self.path}: {error.strerror}. Set "
-                "AUTOPRUNE_CACHE to a folder that can be written"
-            ) from error
-        return entries
-
-    def _write(self, entries: Mapping[str, Float[np.ndarray, " numbers"]]) -> None:
-        handle, name = tempfile.mkstemp(suffix=".part", dir=self.path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, keys=list(entries), values=np.stack([*entries.values()]))
-            os.replace(name, self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        return Entries(folder / f"{digest([FORMAT, kind, self.bank.name, *about])}.npz")

@@ -29,12 +29,14 @@ class SiteSlopes:
         curvature: Second-order change by the diagonal, at least 0; 0 where no labels
             were drawn. Steadied by what all pairs of positions say, where they do.
         windows: Of the fitness split, that the gradient was taken on.
+        asked: Trials that had been asked for when it was taken last.
     """
 
     slope: Table
     error: Table
     curvature: Table
     windows: tuple[int, ...]
+    asked: int = -1
 
     @classmethod
     def of(
@@ -102,11 +104,37 @@ class SiteSlopes:
             windows=(*self.windows, *other.windows),
         )
 
+    @classmethod
+    def pooled(cls, parts: Sequence[Self]) -> Self:
+        """Put together what was taken in parts, as if it had been taken at once."""
+        first, *others = parts
+        if not others:
+            return first
+        counts = np.array([len(part.windows) for part in parts], dtype=np.float64)
+        shares = (counts / counts.sum())[:, None, None]
+        slopes = np.stack([part.slope for part in parts]).astype(np.float64)
+        fits = np.isfinite(first.slope)
+        slopes = np.where(fits, slopes, 0)
+        mean = (slopes * shares).sum(0)
+        within = np.stack([np.where(fits, part.error, 0) for part in parts])
+        # Squares add up: those inside of each part, and those between their means.
+        squares = (counts[:, None, None] * within) ** 2
+        squares += counts[:, None, None] * (slopes - mean) ** 2
+        error = np.sqrt(squares.sum(0)) / counts.sum()
+        curvatures = np.stack([np.where(fits, part.curvature, 0) for part in parts])
+        mean, error, curvature = (
+            np.where(fits, one, np.inf).astype(np.float32)
+            for one in (mean, error, (curvatures * shares).sum(0))
+        )
+        windows = tuple(window for part in parts for window in part.windows)
+        return cls(mean, error, curvature, windows)
+
     def to_bytes(self) -> bytes:
         """Write them, for the ledger."""
         file = io.BytesIO()
         table = np.stack([self.slope, self.error, self.curvature])
-        np.savez_compressed(file, table=table, windows=np.array(self.windows))
+        windows, asked = np.array(self.windows), np.array(self.asked)
+        np.savez_compressed(file, table=table, windows=windows, asked=asked)
         return file.getvalue()
 
     @classmethod
@@ -114,4 +142,6 @@ class SiteSlopes:
         """Read them."""
         with np.load(io.BytesIO(data)) as found:
             slope, error, curvature = found["table"]
-            return cls(slope, error, curvature, tuple(found["windows"].tolist()))
+            asked = int(found["asked"]) if "asked" in found else -1  # of older ledgers
+            windows = tuple(found["windows"].tolist())
+            return cls(slope, error, curvature, windows, asked)

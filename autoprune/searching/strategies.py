@@ -1,6 +1,7 @@
 """What a strategy is: a named maker of Optuna samplers, and what it is told."""
 
 from abc import abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -38,6 +39,8 @@ class Brief:
         problem: What may be chosen, its prices and budgets.
         history: The rows of the ledger, in the order of their numbers; values so that
             less is better, whatever the goals.
+        pending: Trials that are being measured, as they were begun: elsewhere, at the
+            same time. A strategy may take care not to propose the like.
         slopes: By number of a trial, what every choice would change there to first
             order; for those trials at which slopes were taken.
         sensitivities: What every choice costs in KL by itself, ``[sites, choices]``,
@@ -51,6 +54,7 @@ class Brief:
     objectives: int
     problem: Problem
     history: Sequence[Trial] = ()
+    pending: Sequence[Trial] = ()
     slopes: Mapping[int, SiteSlopes] = field(default_factory=dict)
     sensitivities: Float[np.ndarray, "sites choices"] | None = None
     rungs: tuple[int, ...] = ()
@@ -58,6 +62,11 @@ class Brief:
     def rng(self) -> Generator:
         """Make the generator of this trial: the only source of chance it may use."""
         return np.random.default_rng(self.seed)
+
+    def row(self, number: int) -> Trial:
+        """Give the row of a trial that has ended."""
+        at = bisect_left(self.history, number, key=lambda trial: trial.number)
+        return self.history[at]
 
     def best(self) -> Trial | None:
         """Give the feasible trial of the least first value, the earliest of equals."""

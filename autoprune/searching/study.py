@@ -1,45 +1,43 @@
-"""The Optuna study of a run: ask, evaluate, write, tell; rebuilt from the ledger."""
+"""The search itself: gives out trials to a crew, and takes in what came of them."""
 
 import logging
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from bisect import insort
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import optuna
 from jaxtyping import Float
-from optuna.distributions import BaseDistribution
-from optuna.trial import TrialState
 
 from autoprune.errors import RunError
-from autoprune.policy import Policy
+from autoprune.searching.asking import Asked, Asking
+from autoprune.searching.crew import Crew, LocalCrew, Outcome, TakeSlopes
+from autoprune.searching.ends import Ends, Reason
 from autoprune.searching.judge import Judge
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Objective
 from autoprune.searching.problem import Problem, Proposal
-from autoprune.searching.rows import Trial, utc_now
-from autoprune.searching.rungs import Pruner, intermediate, make_pruner
-from autoprune.searching.samplers import BudgetedSampler, derive_seed
-from autoprune.searching.strategies import (
-    Brief,
-    ExhaustedError,
-    PolicySampler,
-    SamplerFactory,
-)
+from autoprune.searching.rows import Trial
+from autoprune.searching.rungs import Pruner
+from autoprune.searching.strategies import Brief, ExhaustedError, SamplerFactory
 from autoprune.searching.survey import Survey
-from autoprune.searching.trial import Evaluator
+from autoprune.searching.trial import Evaluator, Score
+from autoprune.searching.underway import Underway
 
 log = logging.getLogger(__name__)
 
-Reason = Literal["trials", "time", "stopped", "exhausted"]
-"""Why a search ended: enough trials, no time for another, told to, nothing new left."""
+TRIES = 3
+"""How often a trial is begun whose driver died in the middle of it."""
+
+DEATHS = 2
+"""Workers that a policy may kill; a third one it does not get."""
+
+POLL_S = 0.5
+"""Seconds after which the driver looks up while workers work: is it to stop?"""
 
 
 def run_study(
     problem: Problem,
-    evaluator: Evaluator,
+    crew: Crew | Evaluator,
     *,
     ledger: Ledger,
     sampler: SamplerFactory,
@@ -48,18 +46,16 @@ def run_study(
     rungs: tuple[int, ...] = (),
     pruner: Pruner = "race",
     sensitivities: Float[np.ndarray, "sites choices"] | None = None,
-    trials: int | None = None,
-    deadline: float | None = None,
+    ends: Ends,
     proposals: Sequence[Proposal] = (),
     on_trial: Callable[[Trial], None] | None = None,
-    stop: Callable[[], bool] | None = None,
 ) -> Reason:
     """Search, from where the ledger stands, until there is a reason to end.
 
     Args:
         problem: What may be chosen, its prices and budgets.
-        evaluator: Measures policies; what it raises fails the trial, and the search
-            goes on.
+        crew: Measures policies; an evaluator does so in this process. What it raises
+            fails the trial, and the search goes on.
         ledger: Open for writing.
         sampler: The strategy.
         objective: What is wanted.
@@ -68,13 +64,10 @@ def run_study(
             Empty for no rungs.
         pruner: What ends a trial at a rung before the last.
         sensitivities: What every choice costs by itself, if the strategy needs it.
-        trials: Most trials in the ledger, those of before included; None for no end.
-        deadline: No trial is begun that on the average would end after this moment of
-            ``time.monotonic``; None for no end.
+        ends: When no more trials are begun.
         proposals: Policies to try first. One that the ledger has, or that is over a
             budget, is left out.
         on_trial: Called after the row of a trial is on disk.
-        stop: Asked between trials.
 
     Returns:
         Why it ended. The trials stand in the ledger.
@@ -84,7 +77,7 @@ def run_study(
         BudgetError: If no policy of the space is within the budgets.
         PolicyError: If a proposal does not fit the space.
         RunError: If the ledger cannot be written.
-        Exception: Whatever ``evaluator`` raised in ``judge.FAILURES`` trials in a row.
+        Exception: Whatever the crew raised in ``judge.FAILURES`` trials in a row.
     """
     brief = Brief(
         seed=seed,
@@ -94,29 +87,13 @@ def run_study(
         sensitivities=sensitivities,
         rungs=rungs,
     )
-    search = _Search(brief, objective, ledger, sampler, evaluator, pruner)
-    queue = problem.admitted(proposals)
-    while True:
-        while queue and search.knows(queue[0][1]):
-            queue.pop(0)
-        if trials is not None and len(search.trials) >= trials:
-            return "trials"
-        if stop is not None and stop():
-            return "stopped"
-        if deadline is not None and time.monotonic() + search.mean_s() > deadline:
-            return "time"
-        try:
-            trial = search.step(queue.pop(0) if queue else None)
-        except ExhaustedError as error:
-            log.info("the search ends: %s", error)
-            return "exhausted"
-        if on_trial is not None:
-            on_trial(trial)
-        search.judge.raise_if_failing()
+    crew = crew if isinstance(crew, Crew) else LocalCrew(crew)
+    search = _Search(brief, objective, ledger, sampler, crew, pruner, ends)
+    return search.run(problem.admitted(proposals), on_trial or (lambda trial: None))
 
 
 class _Search:
-    """A study in memory beside the ledger that it was rebuilt from."""
+    """A search that goes on, between the ledger and a crew."""
 
     def __init__(
         self,
@@ -124,162 +101,174 @@ class _Search:
         objective: Objective,
         ledger: Ledger,
         factory: SamplerFactory,
-        evaluator: Evaluator,
+        crew: Crew,
         pruner: Pruner,
+        ends: Ends,
     ) -> None:
-        self.trials = list(brief.history)
-        self._survey = Survey(evaluator, ledger, factory)
-        # What strategies are told grows with the run: these very lists are theirs.
-        self._told = [objective.minimised(trial) for trial in self.trials]
-        self._brief = replace(brief, history=self._told, slopes=self._survey.slopes)
-        self._problem = brief.problem
+        self._trials = list(brief.history)
+        self._latest = self._trials[-1] if self._trials else None
         self._objective = objective
-        self._ledger = ledger
-        self._factory = factory
-        self.judge = Judge(evaluator, objective, brief.rungs, pruner, self.trials)
-        self._pruner = pruner
-        self._seed = brief.seed
-        self._rungs = brief.rungs
-        self._known = {t.policy.fingerprint: len(t.windows) for t in self.trials}
-        self._distributions: dict[str, BaseDistribution] = {
-            **brief.problem.space.distributions()
-        }
+        self._crew = crew
+        self._ends = ends
+        self._now = ends.clock.now
+        self._survey = Survey(ledger, factory, crew.size)
+        self._judge = Judge(objective, brief.rungs, pruner, self._trials)
+        slopes = self._survey.slopes
+        self._asking = Asking(brief, objective, ledger, factory, pruner, slopes)
+        self._busy: dict[int, Underway | tuple[TakeSlopes, float]] = {}
+        self._again: list[Underway] = []
         self._walls: list[float] = []
-        # Optuna tells of every study and trial; the run has its own voice.
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        spread = _spread(brief.problem, objective)
-        self._sampler = BudgetedSampler(self._brief, factory, spread=spread)
-        self._storage = optuna.storages.InMemoryStorage()
-        self._study = optuna.create_study(
-            storage=self._storage,
-            sampler=self._sampler,
-            pruner=make_pruner(pruner, brief.rungs),
-            directions=objective.directions,
-        )
-        self._study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        self._replay()
+        self._slopes_s = 0.0
+        self._cleared = -1
+        self._queue: list[Proposal] = []
 
-    def knows(self, policy: Policy) -> bool:
-        """Tell whether a policy stands in the ledger."""
-        return policy.fingerprint in self._known
+    def run(
+        self, proposals: Sequence[Proposal], on_trial: Callable[[Trial], None]
+    ) -> Reason:
+        """Search until there is a reason to end, and nothing is underway."""
+        self._queue = list(proposals)
+        for finished in self._take_up(self._asking.orphans):
+            on_trial(finished)
+        while True:
+            ended = self._give_out()
+            if ended and not self._busy:
+                return ended
+            for outcome in self._crew.wait(POLL_S):
+                if ended_trial := self._hear(outcome):
+                    on_trial(ended_trial)
+                    self._judge.raise_if_failing()
 
-    def mean_s(self) -> float:
-        """Give the mean time of a trial: of this run, else of those before it."""
-        walls = self._walls or [sum(trial.timings.values()) for trial in self.trials]
-        return math.fsum(walls) / len(walls) if walls else 0.0
+    def _take_up(self, orphans: Sequence[Asked]) -> Iterator[Trial]:
+        """Have trials done again whose driver died; fail those that seem to kill it."""
+        for asked in orphans:
+            one = Underway(asked, self._judge, self._now)
+            if asked.row.attempts < TRIES:
+                self._again.append(one)
+                continue
+            error = RunError(f"the search died each of the {TRIES} times that it ran")
+            yield self._finish(one, error=error)
 
-    def step(self, proposal: Proposal | None) -> Trial:
-        """Do one trial, and have it on disk before the study learns of it."""
-        began, started = time.monotonic(), utc_now()
+    def _give_out(self) -> Reason | None:
+        """Give idle workers something to do, until there is a reason not to."""
+        for worker in self._crew.idle():
+            if ended := self._begin(worker):
+                return ended
+        return None
+
+    def _begin(self, worker: int) -> Reason | None:
+        """Give a worker something to do, if there is; tell why no more is begun."""
+        begun, waiting = self._begun(), bool(self._again)
+        if waiting or begun != self._cleared:  # asked once for each trial
+            if ended := self._ends.reason(begun, self._mean_s(), waiting=waiting):
+                return ended
+            self._cleared = begun
+        if self._again:
+            self._start(worker, self._once_more(self._again.pop(0)))
+            return None
+        proposal = self._next_proposal()
         if proposal is None:
-            best = self.judge.incumbent
-            refused = bool(self.trials) and best is not self.trials[-1]
-            self._survey.take(best, refused=refused)
-        learned = time.monotonic()
-        asked, policy = self._ask(proposal[1] if proposal else None)
-        proposed = time.monotonic()
-        wanted = self._rung_of(asked)
-        score, error, whole = self.judge.measure(asked, policy, wanted)
-        evaluated = time.monotonic()
-        state, values = self.judge.verdict(score, error, whole)
-        limits = self._objective.limits if error is None else ()
-        constraints = {limit.metric: limit.excess(score.metrics) for limit in limits}
-        for name, excess in constraints.items():
-            asked.set_constraint(name, excess)
-        trial = Trial(
-            number=asked.number,
-            state=state,
-            origin=proposal[0] if proposal else self._factory.name,
-            policy=policy,
-            params=asked.params,
-            seed=derive_seed(self._seed, asked.number),
-            started=started,
-            finished=utc_now(),
-            values=values,
-            metrics=score.metrics,
-            constraints=constraints,
-            timings={
-                "slopes_s": learned - began,
-                "propose_s": proposed - learned,
-                "evaluate_s": evaluated - proposed,
-            },
-            system_attrs=self._trial_attrs(asked.number),
-            windows=score.windows,
-            error=f"{type(error).__name__}: {error}" if error else None,
-        )
-        self._record(trial)
-        self._walls.append(time.monotonic() - began)
+            best = self._judge.incumbent
+            refused = best is not self._latest
+            self._survey.want(best, refused=refused, asked=begun)
+            if job := self._survey.next_job():
+                self._busy[worker] = (job, self._now())
+                self._crew.submit(worker, job)
+            if self._survey.busy:
+                return None
+        return self._ask(worker, proposal)
+
+    def _ask(self, worker: int, proposal: Proposal | None) -> Reason | None:
+        """Ask for a trial, and give it to a worker."""
+        began = self._now()
+        try:
+            asked = self._asking.ask(proposal)
+        except ExhaustedError as error:
+            if self._busy:
+                return None  # what is underway may lead on
+            log.info("the search ends: %s", error)
+            return "exhausted"
+        one = Underway(asked, self._judge, self._now)
+        one.timings["slopes_s"], self._slopes_s = self._slopes_s, 0.0
+        one.timings["propose_s"] = self._now() - began
+        self._start(worker, one)
+        return None
+
+    def _next_proposal(self) -> Proposal | None:
+        while self._queue:
+            proposal = self._queue.pop(0)
+            if not self._asking.knows(proposal[1]):
+                return proposal
+        return None
+
+    def _once_more(self, one: Underway) -> Underway:
+        """Write that a trial is begun again that was cut short."""
+        one.asked = self._asking.again(one.asked)
+        return one
+
+    def _start(self, worker: int, one: Underway) -> None:
+        self._busy[worker] = one
+        self._crew.submit(worker, one.begin())
+
+    def _hear(self, outcome: Outcome) -> Trial | None:
+        """Take in what came of a job; give the trial if it has ended by it."""
+        work = self._busy.pop(outcome.worker)
+        if isinstance(work, Underway):
+            return self._advance(work, outcome)
+        job, began = work
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.lost:
+            log.warning("a worker was lost while it took slopes: %s", outcome.lost)
+            self._survey.give_back(job)
+        else:
+            self._slopes_s += self._now() - began
+            self._survey.hear(job, outcome.result)
+        return None
+
+    def _advance(self, one: Underway, outcome: Outcome) -> Trial | None:
+        """Go on with a trial: measure it further, or end it."""
+        if outcome.lost:
+            one.lose()
+            log.warning("trial %d lost its worker: %s", one.number, outcome.lost)
+            if one.deaths < DEATHS:
+                self._again.append(one)
+                return None
+            lost = RunError(f"it cost {DEATHS} workers; the last: {outcome.lost}")
+            return self._finish(one, error=lost)
+        if outcome.error is not None:
+            return self._finish(one, error=outcome.error)
+        try:
+            found = one.go_on(outcome.result)
+        except Exception as error:
+            return self._finish(one, error=error)
+        if isinstance(found, tuple):
+            return self._finish(one, *found)
+        self._busy[outcome.worker] = one
+        self._crew.submit(outcome.worker, found)
+        return None
+
+    def _finish(
+        self,
+        one: Underway,
+        score: Score | None = None,
+        whole: bool = False,
+        *,
+        error: Exception | None = None,
+    ) -> Trial:
+        """End a trial: have it on disk before the study learns of it."""
+        self._judge.hear(one.number, error)
+        row = one.row(self._objective, score or Score({}), whole=whole, error=error)
+        trial = self._asking.tell(one.asked, row)
+        insort(self._trials, trial, key=lambda trial: trial.number)
+        self._latest = trial
+        self._judge.consider(trial)
+        self._walls.append(one.seconds)
         return trial
 
-    def _ask(self, given: Policy | None) -> tuple[optuna.Trial, Policy]:
-        if given is not None:
-            self._sampler.give(self._problem.space.params(given))
-        asked = self._study.ask(self._distributions)
-        policy = self._problem.space.policy(asked.params)
-        # A space without any choice: Optuna asks no sampler.
-        if self.knows(policy) and not self._wants_more(asked, policy):
-            raise ExhaustedError(f"the only policy of the space is measured: {policy}")
-        return asked, policy
+    def _begun(self) -> int:
+        return len(self._trials) + self._asking.underway
 
-    def _rung_of(self, asked: optuna.Trial) -> int | None:
-        """Tell on which rung a strategy wants its proposal; None if it does not say."""
-        wanted = self._trial_attrs(asked.number).get(PolicySampler.NOTES + "rung")
-        return None if wanted is None else range(len(self._rungs) or 1)[int(wanted)]
-
-    def _wants_more(self, asked: optuna.Trial, policy: Policy) -> bool:
-        """Tell whether a known policy is to be measured on more windows than before."""
-        wanted = self._rung_of(asked)
-        if not self._rungs or wanted is None:
-            return False
-        return self._known[policy.fingerprint] < self._rungs[wanted]
-
-    def _record(self, trial: Trial) -> None:
-        """Write a trial, then tell it, then write what telling has changed."""
-        before = self._storage.get_study_system_attrs(self._study_id)
-        changed = before != self._ledger.study_attrs
-        self._ledger.add(trial, before if changed else None)
-        self.trials.append(trial)
-        self._told.append(self._objective.minimised(trial))
-        self._known[trial.policy.fingerprint] = len(trial.windows)
-        self.judge.consider(trial)
-        if trial.state == "failed":
-            self._study.tell(trial.number, state=TrialState.FAIL)
-        else:
-            self._study.tell(trial.number, list(trial.values))
-        after = self._storage.get_study_system_attrs(self._study_id)
-        attrs = self._trial_attrs(trial.number)
-        if after != before or attrs != trial.system_attrs:
-            self._ledger.amend(trial.number, attrs, after)
-
-    def _trial_attrs(self, number: int) -> dict[str, Any]:
-        return dict(self._study.get_trials(deepcopy=False)[number].system_attrs)
-
-    def _replay(self) -> None:
-        """Rebuild the study: trials in their order, with what samplers keep."""
-        for number, trial in enumerate(self.trials):
-            if trial.number != number:
-                raise RunError(
-                    f"the ledger in {self._ledger.run_dir} lacks trial {number}. "
-                    "Take a copy from before, or choose another run folder."
-                )
-            failed = trial.state == "failed"
-            self._study.add_trial(
-                optuna.create_trial(
-                    state=TrialState.FAIL if failed else TrialState.COMPLETE,
-                    values=None if failed else list(trial.values),
-                    params=dict(trial.params),
-                    distributions=dict(self._distributions),
-                    system_attrs=dict(trial.system_attrs),
-                    intermediate_values=intermediate(self._pruner, trial, self._rungs),
-                )
-            )
-        for key, value in self._ledger.study_attrs.items():
-            self._storage.set_study_system_attr(self._study_id, key, value)
-
-
-def _spread(problem: Problem, objective: Objective) -> str | None:
-    """Name the priced goal whose range a front without budgets has to span."""
-    priced = {entry.metric for entry in problem.prices}
-    if problem.budgets or len(objective.goals) < 2:
-        return None
-    return next((name for name, _ in objective.goals if name in priced), None)
+    def _mean_s(self) -> float:
+        """Give the mean time of a trial: of this run, else of those before it."""
+        walls = self._walls or [sum(trial.timings.values()) for trial in self._trials]
+        return math.fsum(walls) / len(walls) if walls else 0.0

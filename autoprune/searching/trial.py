@@ -66,6 +66,7 @@ class Evaluator(ABC):
         turn: int,
         drawn_tokens: int | None = None,
         beside: Sequence[int] = (),
+        part: tuple[int, int] = (0, 1),
     ) -> SiteSlopes:
         """Take the slopes at a policy.
 
@@ -78,6 +79,8 @@ class Evaluator(ABC):
             drawn_tokens: On how many of the tokens labels are drawn; None for all.
             beside: Windows that are not to be taken: slopes at this policy were taken
                 on them before.
+            part: Which share of the windows is taken here, of how many: others may
+                take the rest.
         """
 
 
@@ -150,15 +153,18 @@ class LocalEvaluator(Evaluator):
         turn: int,
         drawn_tokens: int | None = None,
         beside: Sequence[int] = (),
+        part: tuple[int, int] = (0, 1),
     ) -> SiteSlopes:
         """Take the slopes of all choices at a policy."""
         bench = self.bench
         teacher = bench.teacher(self.SPLIT)
         total, length = teacher.windows.ids.shape
-        count = min(total - len(beside), max(1, round(tokens / length)))
+        share, shares = part
+        count = min(total - len(beside), max(shares, round(tokens / length)))
         first = (self._seed + turn) * count
         order = ((first + i) % total for i in range(total))
-        windows = list(islice((w for w in order if w not in beside), count))
+        taken = list(islice((w for w in order if w not in beside), count))
+        windows = taken[share::shares]
         self.bank.put(bench.per_layer(policy))
         variants = {
             layer: [self.bank.weight(layer, action) for action in choices]
@@ -172,8 +178,8 @@ class LocalEvaluator(Evaluator):
             variants,
             windows,
             draws=draws,
-            drawn=drawn_tokens and max(1, round(drawn_tokens / length)),
+            drawn=drawn_tokens and max(1, round(drawn_tokens / length / shares)),
             sampled=SAMPLED,
-            seed=turn,
+            seed=turn * shares + share,
         )
         return SiteSlopes.of(self.space, found, windows)

@@ -33,6 +33,7 @@ from autoprune.compression.store import VariantStore  # noqa: E402
 from autoprune.config import RunConfig  # noqa: E402
 from autoprune.models.checkpoints import load_model  # noqa: E402
 from autoprune.plugins import load_plugins  # noqa: E402
+from autoprune.searching.ends import Ends  # noqa: E402
 from autoprune.searching.ledger import Ledger  # noqa: E402
 from autoprune.searching.plan import Plan  # noqa: E402
 from autoprune.searching.strategies import SamplerFactory  # noqa: E402
@@ -172,7 +173,7 @@ def stitched_trials(plan: Plan, name: str, factory: SamplerFactory) -> dict[str,
                 sampler=factory,
                 objective=plan.objective,
                 seed=0,
-                trials=plan.config.search.trials,
+                ends=Ends(plan.config.search.trials),
                 on_trial=on_trial,
             )
     teacher.measure = measure  # type: ignore[method-assign]

@@ -19,6 +19,7 @@ from setting import open_space
 from autoprune.config import RunConfig
 from autoprune.run import find_space
 from autoprune.searching.allocation import allocate
+from autoprune.searching.ends import Ends
 from autoprune.searching.finals import (
     Candidate,
     elect,
@@ -90,7 +91,7 @@ def gradient(actions: list[str], limit: float) -> dict[str, Any]:
             objective=plan.objective,
             seed=plan.config.search.seed,
             rungs=plan.rungs,
-            trials=len(proposals) + TRIALS,
+            ends=Ends(len(proposals) + TRIALS),
             proposals=proposals,
         )
         trials = ledger.trials()

@@ -17,6 +17,7 @@ import numpy as np
 from autoprune.plugins import load_plugins
 from autoprune.policy import Action, Layer, Policy, Site
 from autoprune.searching.budget import Budget, Prices
+from autoprune.searching.ends import Ends
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Objective
 from autoprune.searching.problem import Problem
@@ -181,7 +182,7 @@ def one_search(
                 seed=seed,
                 rungs=RUNGS,
                 sensitivities=guess,
-                trials=trials,
+                ends=Ends(trials),
                 proposals=[("start", start)],
                 on_trial=on_trial,
             )

@@ -17,6 +17,7 @@ from autoprune.compression.bank import VariantBank
 from autoprune.compression.store import VariantStore
 from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Policy
+from autoprune.searching.ends import Ends
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.mixing import mixes
 from autoprune.searching.plan import Plan
@@ -164,10 +165,11 @@ def search(
                 seed=seed,
                 rungs=plan.rungs if rungs is None else rungs,
                 sensitivities=sensitivities,
-                trials=trials,
                 proposals=[("uniform", uniform(plan, target))],
                 on_trial=on_trial,
-                stop=lambda: len(curve) > 1 and clock.seconds() >= cpu_s,
+                ends=Ends(
+                    trials, stop=lambda: len(curve) > 1 and clock.seconds() >= cpu_s
+                ),
             )
             found = ledger.trials()
     spent = clock.seconds()

@@ -6,6 +6,7 @@ from toy_evaluators import FormulaEvaluator
 
 from autoprune.policy import Action, Layer, Policy, Site
 from autoprune.searching.budget import Budget, Prices
+from autoprune.searching.ends import Ends
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Objective, best, front
 from autoprune.searching.problem import Problem
@@ -52,7 +53,7 @@ def search(run_dir, problem, name, goals, trials):
             sampler=FACTORIES[name],
             objective=Objective(goals),
             seed=0,
-            trials=trials,
+            ends=Ends(trials),
             proposals=[("uniform rtn(bits=4)", rival)],
         )
         return ledger.trials()

@@ -3,7 +3,7 @@ import math
 
 import optuna
 import pytest
-from toy_evaluators import FormulaEvaluator, WindowEvaluator
+from toy_evaluators import WindowEvaluator, follow
 
 from autoprune.policy import Policy
 from autoprune.searching.judge import FAILURES, Judge
@@ -24,8 +24,8 @@ def row(number, windows, state="complete", **fields):
     return Trial(number, state, "test", POLICY, {}, 0, "", "", **fields)
 
 
-def judge_of(evaluator, *, pruner="race", trials=(), rungs=RUNGS, objective=KL):
-    return Judge(evaluator, objective, rungs, pruner, list(trials))
+def judge_of(*, pruner="race", trials=(), rungs=RUNGS, objective=KL):
+    return Judge(objective, rungs, pruner, list(trials))
 
 
 def ask():
@@ -36,9 +36,9 @@ def ask():
 def judged(windows, *, wanted=None, **settings):
     """Judge a policy of known windows beside the incumbent; tell what was asked."""
     evaluator = WindowEvaluator(lambda policy: windows)
-    judge = judge_of(evaluator, **{"trials": [row(0, NOW)], **settings})
-    score, error, whole = judge.measure(ask(), POLICY, wanted)
-    return evaluator.asked, score, judge.verdict(score, error, whole)
+    judge = judge_of(**{"trials": [row(0, NOW)], **settings})
+    score, whole = follow(judge, evaluator, ask(), POLICY, wanted)
+    return evaluator.asked, score, judge.verdict(score, None, whole)
 
 
 def test_what_loses_the_race_is_measured_no_further():
@@ -101,7 +101,7 @@ def test_pruned_without_an_incumbent_is_told_what_was_measured():
 
 def test_other_metrics_than_the_kl_are_told_as_measured():
     goal = Objective((("perplexity", "minimize"),))
-    judge = judge_of(FormulaEvaluator(None), objective=goal, trials=[row(0, NOW)])
+    judge = judge_of(objective=goal, trials=[row(0, NOW)])
     score = Score({"kl": 6.0, "perplexity": 17.0}, (4.0, 8.0))
     assert judge.verdict(score, None, False) == ("pruned", (17.0,))
 
@@ -110,7 +110,7 @@ def test_other_metrics_than_the_kl_are_told_as_measured():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_has_diverged(whole, value):
     trials = [row(0, NOW), row(1, (9.0,) * 6), row(2, (99.0, 99.0), "pruned")]
-    judge = judge_of(FormulaEvaluator(None), trials=trials)
+    judge = judge_of(trials=trials)
     score = Score({"kl": value}, (3.0, value))
     assert judge.verdict(score, None, whole) == ("diverged", (18.0,))
 
@@ -126,32 +126,24 @@ def test_what_diverges_at_a_rung_is_measured_no_further(value, pruner):
 
 
 def test_error_is_a_failed_trial_and_the_third_in_a_row_is_raised(caplog):
-    errors = iter([OSError("0"), OSError("1"), None, *map(OSError, "234")])
-
-    def formula(policy):
-        if (error := next(errors)) is not None:
-            raise error
-        return NOW
-
-    judge = judge_of(WindowEvaluator(formula), rungs=())
+    judge = judge_of(rungs=())
+    errors = [OSError("0"), OSError("1"), None, *map(OSError, "23")]
+    assert len(errors) == FAILURES + 2
     with caplog.at_level(logging.WARNING):
-        for number in range(FAILURES + 2):
-            score, error, whole = judge.measure(ask(), POLICY, None)
-            ok = number == 2
-            expected = ("complete", (4.0,)) if ok else ("failed", ())
-            assert judge.verdict(score, error, whole) == expected
-            assert (error is None, score.windows) == (ok, NOW if ok else ())
+        for number, error in enumerate(errors):
+            judge.hear(number, error)
+            if error is not None:
+                assert judge.verdict(Score({}), error, False) == ("failed", ())
             judge.raise_if_failing()
     assert caplog.text.count("failed: ") == 4
-    _, error, _ = judge.measure(ask(), POLICY, None)
-    assert str(error) == "4"
+    judge.hear(5, OSError("4"))
     with pytest.raises(OSError, match="4"):
         judge.raise_if_failing()
 
 
 def test_incumbent_is_taken_from_the_rows_and_kept():
     trials = [row(0, NOW), row(1, (2.0,) * 6, "pruned"), row(2, (2.0,) * 6)]
-    judge = judge_of(FormulaEvaluator(None), trials=trials)
+    judge = judge_of(trials=trials)
     assert judge.incumbent is trials[2]
     better, worse = row(3, (1.0,) * 6), row(4, (1.5,) * 6)
     judge.consider(row(5, (0.5, 0.5), "pruned"))
@@ -164,6 +156,6 @@ def test_incumbent_is_taken_from_the_rows_and_kept():
 
 def test_several_goals_have_no_incumbent():
     trials = [row(0, NOW, values=(4.0, 9.0))]
-    judge = judge_of(FormulaEvaluator(None), trials=trials, objective=BOTH)
+    judge = judge_of(trials=trials, objective=BOTH)
     judge.consider(row(1, (1.0,) * 6, values=(1.0, 9.0)))
     assert judge.incumbent is None

@@ -20,7 +20,7 @@ from autoprune.searching.rivals import (
     rival_kind,
     solved_rivals,
 )
-from autoprune.searching.sensitivity import Sensitivities
+from autoprune.searching.sensitivity import GRADIENTS, KINDS, Sensitivities
 
 BITS = "rtn(bits=[3, 4, 8], group=16)"
 ZEROS = "magnitude(sparsity=[0.5, 0.9])"
@@ -56,29 +56,72 @@ def methods(policy: Policy) -> set[str]:
 def test_each_rival_keeps_to_its_sort_and_to_the_budget(make: Make) -> None:
     plan = make(BLOCKS, {"size_bytes": "70%"})
     found = solved(plan)
-    assert list(found) == ["allocation only", "quantization only", "pruning only"]
+    kinds = {name: rival_kind(name) for name in found}
+    assert set(kinds.values()) == {
+        "allocation only",
+        "quantization only",
+        "pruning only",
+    }
     assert methods(found["quantization only"]) == {"rtn"}
     assert methods(found["pruning only"]) == {"magnitude"}
     assert all(plan.problem.within(policy) for policy in found.values())
     for name, policy in found.items():
-        assert rival_kind(name) == name
+        assert name in (kinds[name], f"{kinds[name]}, by tokens")
         joint = sum(len(action.steps) > 1 for action in policy.values())
-        assert joint == 0 or name == "allocation only"
+        assert joint == 0 or kinds[name] == "allocation only"
 
 
-def test_a_rival_is_the_best_of_all_that_are_within_the_budget(make: Make) -> None:
-    plan = make(BLOCKS, {"size_bytes": "70%"})
+def best_of_all(plan: Plan, kind: str) -> tuple[float, np.ndarray]:
+    """Try all policies that are within the budgets; give the least sum of costs."""
     space = plan.problem.space
-    costs = Sensitivities(plan.bench, plan.bank, space).costs("fisher")
+    costs = Sensitivities(plan.bench, plan.bank, space).costs(kind)
     counts = [len(space.choices[site.name]) for site in space.sites]
-    everything = {
+    sums = [
         float(costs[np.arange(len(counts)), indices].sum())
         for indices in map(np.array, product(*map(range, counts)))
         if plan.problem.within(space.at(indices))
-    }
-    chosen = space.index(solved(plan)["allocation only"])
-    total = float(costs[np.arange(len(counts)), chosen].sum())
-    assert total == pytest.approx(min(everything), rel=1e-9)
+    ]
+    return min(sums), costs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rival_is_the_best_of_all_that_are_within_the_budget(
+    kind: str, make: Make
+) -> None:
+    plan = make(BLOCKS, {"size_bytes": "70%"}, sensitivity=kind)
+    least, costs = best_of_all(plan, kind)
+    chosen = plan.problem.space.index(solved(plan)["allocation only"])
+    total = float(costs[np.arange(len(chosen)), chosen].sum())
+    assert total == pytest.approx(least, rel=1e-9)
+
+
+@pytest.mark.parametrize(("own", "other"), [GRADIENTS, GRADIENTS[::-1]])
+def test_both_kinds_of_gradients_are_solved_for(
+    own: str, other: str, make: Make
+) -> None:
+    """Each by its own costs; a policy that both lead to stands once."""
+    plan = make(BLOCKS, {"size_bytes": "75%"}, sensitivity=own, rivals=["allocation"])
+    least, costs = best_of_all(plan, other)
+    told: list[str] = []
+    top = np.max(costs, 1, where=np.isfinite(costs), initial=0)
+    opposite = np.where(np.isinf(costs), np.inf, top[:, None] - costs)
+    found = dict(solved_rivals(plan, opposite, told.append))
+    assert told == [f"measuring sensitivities ({other}), for rivals"]
+    assert list(found) == ["allocation only", f"allocation only, by {other}"]
+    chosen = plan.problem.space.index(found[f"allocation only, by {other}"])
+    total = float(costs[np.arange(len(chosen)), chosen].sum())
+    assert total == pytest.approx(least, rel=1e-9)
+    alike = dict(solved_rivals(plan, costs, told.append))
+    assert list(alike) == ["allocation only"]
+    assert alike["allocation only"] == found[f"allocation only, by {other}"]
+
+
+def test_other_kinds_are_solved_for_alone(make: Make) -> None:
+    told: list[str] = []
+    plan = make(BLOCKS, {"size_bytes": "70%"}, sensitivity="error")
+    found = solved_rivals(plan, None, told.append)
+    assert told == ["measuring sensitivities (error), for rivals"]
+    assert not any("by" in origin for origin, _ in found)
 
 
 def test_what_is_measured_already_is_not_measured_again(make: Make) -> None:
@@ -93,12 +136,12 @@ def test_what_is_measured_already_is_not_measured_again(make: Make) -> None:
     assert {str(chosen[site]) for site in chosen if site.startswith("blocks.0.")} == {
         "rtn(bits=3, group=16)"
     }
-    assert not told
+    assert told == ["measuring sensitivities (tokens), for rivals"]
 
 
 def test_choices_of_one_sort_have_one_rival(make: Make) -> None:
     plan = make([{"sites": "blocks.*", "actions": [ZEROS]}], {"sparsity": 0.6})
-    assert list(solved(plan)) == ["allocation only"]
+    assert {rival_kind(name) for name in solved(plan)} == {"allocation only"}
 
 
 def test_a_sort_that_is_never_so_small_has_no_rival(make: Make) -> None:
@@ -114,7 +157,7 @@ def test_without_a_budget_there_is_none(make: Make) -> None:
 
 def test_only_those_that_are_named(make: Make) -> None:
     plan = make(BLOCKS, {"size_bytes": "70%"}, rivals=["pruning"])
-    assert list(solved(plan)) == ["pruning only"]
+    assert {rival_kind(name) for name in solved(plan)} == {"pruning only"}
     assert plan.fingerprint["rivals"] == ["pruning"]
     assert "rivals" not in make(BLOCKS, {"size_bytes": "70%"}).fingerprint
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import optuna
 import pytest
-from toy_evaluators import WindowEvaluator
+from toy_evaluators import WindowEvaluator, follow
 
 from autoprune.policy import Policy
 from autoprune.searching.judge import Judge
@@ -200,12 +200,11 @@ def test_a_rebuilt_study_is_told_what_the_live_one_was(pruner, wanted):
     for number in range(1, 12):
         windows = np.arange(8.0) + rng.normal(0.3, 0.5) + rng.normal(0, 0.3, 8)
         windows[3] *= np.inf if number == 5 else 1
-        judge = Judge(
-            WindowEvaluator(lambda policy, w=windows: w), KL, rungs, pruner, trials
-        )
+        judge = Judge(KL, rungs, pruner, trials)
+        evaluator = WindowEvaluator(lambda policy, w=windows: w)
         asked = study.ask()
-        score, error, whole = judge.measure(asked, Policy({}), wanted)
-        state, values = judge.verdict(score, error, whole)
+        score, whole = follow(judge, evaluator, asked, Policy({}), wanted)
+        state, values = judge.verdict(score, None, whole)
         notes = {} if wanted is None else {"note:rung": wanted}
         done = row(score.windows, number, state, values=values, system_attrs=notes)
         live = study.trials[-1].intermediate_values

@@ -12,6 +12,7 @@ from tiny_runs import write_text
 from autoprune.compression.store import VariantStore
 from autoprune.config import TextConfig
 from autoprune.errors import ConfigError, StoreError
+from autoprune.evaluation.fisher import token_squares
 from autoprune.evaluation.sensitivity import output_errors
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import load_plugins
@@ -97,6 +98,23 @@ def test_errors_of_a_site_are_the_sum_of_its_layers(
     layers = output_errors(found.bank, dict.fromkeys(site.layers, [WANDA]))
     plain = sum(float(values[0]) for values in layers.values())
     assert costs[row, 0] == pytest.approx(plain)
+
+
+def test_tokens_take_all_text_there_is_before_more_labels(
+    bench: Workbench, tmp_path: Path
+) -> None:
+    """Half of the draws of ``fisher``: 8 of 16, then 13 of 26, over 6 windows."""
+    found = sensitivities(bench, tmp_path, WANDA, COARSE)
+    few = replace(found, windows=2, draws=13, seconds={})
+    costs = {1: found.costs("tokens"), 2: few.costs("tokens")}
+    layers = [la for site in found.space.sites[1:] for la in site.layers]
+    wanted = dict.fromkeys(layers, [WANDA, COARSE])
+    teacher = found.bench.teacher("fitness")
+    for draws, had in costs.items():
+        plain = token_squares(found.bank, teacher, wanted, range(6), draws=draws)
+        for row, site in enumerate(found.space.sites[1:], start=1):
+            expected = np.sum([plain[layer] for layer in site.layers], 0)
+            np.testing.assert_allclose(had[row, :2], expected, rtol=1e-4)
 
 
 def test_measured_costs_are_those_of_plain_measurements(

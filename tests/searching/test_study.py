@@ -8,6 +8,7 @@ from toy_evaluators import FormulaEvaluator
 
 from autoprune.errors import ConfigError, MethodError, PolicyError, RunError
 from autoprune.policy import Action, Policy
+from autoprune.searching.ends import Ends
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Limit, Objective
 from autoprune.searching.rows import Trial
@@ -67,9 +68,15 @@ def evaluator_of(problem, given):
 
 def search(run_dir, problem, evaluate=None, **settings):
     settings = {"sampler": RANDOM, "objective": KL, "seed": 0, **settings}
+    names = [name for name in ("trials", "deadline", "stop") if name in settings]
+    ends = Ends(**{name: settings.pop(name) for name in names})
     with Ledger.open(run_dir, {"space": problem.space.fingerprint}) as ledger:
         reason = run_study(
-            problem, evaluator_of(problem, evaluate), ledger=ledger, **settings
+            problem,
+            evaluator_of(problem, evaluate),
+            ledger=ledger,
+            ends=ends,
+            **settings,
         )
         return reason, ledger.trials()
 

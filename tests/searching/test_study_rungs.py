@@ -12,6 +12,7 @@ from autoprune_plugins.gradient import register_samplers as gradient
 from toy_evaluators import WINDOW, SmoothEvaluator, WindowEvaluator
 
 from autoprune.policy import Policy
+from autoprune.searching.ends import Ends
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Objective, best
 from autoprune.searching.rungs import incumbents, paired
@@ -49,8 +50,10 @@ def noisy(problem):
 
 def search(run_dir, problem, evaluator, **settings):
     settings = {"sampler": RANDOM, "objective": KL, "seed": 0, **settings}
+    names = [name for name in ("trials", "deadline", "stop") if name in settings]
+    ends = Ends(**{name: settings.pop(name) for name in names})
     with Ledger.open(run_dir, {"space": problem.space.fingerprint}) as ledger:
-        reason = run_study(problem, evaluator, ledger=ledger, **settings)
+        reason = run_study(problem, evaluator, ledger=ledger, ends=ends, **settings)
         return reason, ledger.trials(), ledger.slopes()
 
 

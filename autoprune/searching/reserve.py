@@ -1,0 +1,111 @@
+"""What comes after the trials, and how long it will take: its time is kept for it.
+
+Estimates come from what this very run has measured: a trial tells what a window costs,
+the making of the variants what solving costs, the export before the search what
+writing and loading cost.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoprune.searching.clock import Timetable
+from autoprune.searching.plan import Plan
+from autoprune.searching.rows import Trial
+
+MARGIN = 1.15
+"""Factor on estimates."""
+
+PASSES_OF_SOLVING = 3.0
+"""Forward passes over the statistics that solving a policy anew takes beside its
+solvers: one through dense blocks, one through compressed ones, and the Hessians."""
+
+PASSES_OF_MIXING = 4.0
+"""Forward passes over the fitness split that a gradient is worth."""
+
+START_S = 12.0
+"""Of a fresh process, until it has loaded what it needs, beside the model itself."""
+
+RIVAL_KINDS = 5
+"""Kinds of rivals that finals may have to measure beside the finalists."""
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Seconds that the end of a run will take, by its parts.
+
+    Attributes:
+        rank: Comparing finalists on the choice split.
+        solve: Solving one of them anew.
+        mix: Mixing one of them.
+        report: The figures of the report split.
+        export: Writing the winner, loading and measuring it in a fresh process.
+        finalists: How many are solved: the best and its rival.
+    """
+
+    rank: float
+    solve: float
+    mix: float
+    report: float
+    export: float
+    finalists: int = 2
+
+    @property
+    def closing(self) -> float:
+        """What has to come after the finalists, whatever becomes of them."""
+        return self.report + self.export
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.rank + self.finalists * (self.solve + self.mix) + self.closing
+
+    @classmethod
+    def of(
+        cls, plan: Plan, table: Timetable, trials: Sequence[Trial], *, export: bool
+    ) -> "Reserve":
+        """Estimate, from what is known by now.
+
+        Args:
+            plan: Of the first round.
+            table: What parts of the run have taken.
+            trials: Those so far.
+            export: Whether the winner will be exported.
+        """
+        windows = {name: len(split.ids) for name, split in plan.bench.splits.items()}
+        window = window_s(trials, table.seconds.get("dense"), windows["fitness"])
+        search = plan.config.search
+        candidates = search.finalists + RIVAL_KINDS
+        settings = max(len(found) for found in plan.problem.space.choices.values())
+        solve = PASSES_OF_SOLVING * windows["statistics"] * window
+        solve += table.seconds.get("variants", 0.0) / settings
+        measured = windows["choice"] * window
+        mix = PASSES_OF_MIXING * windows["fitness"] * window + measured
+        asked = search.refine
+        written = table.seconds.get("preflight", START_S)
+        fresh = START_S + written + 3 * windows["report"] * window
+        return cls(
+            rank=MARGIN * (candidates + 1.5) * measured,
+            solve=MARGIN * (solve + measured) if asked != "none" else 0.0,
+            mix=MARGIN * mix if asked == "mix" else 0.0,
+            report=MARGIN * (RIVAL_KINDS + 2.5) * windows["report"] * window,
+            export=MARGIN * (written + fresh) if export else 0.0,
+        )
+
+
+def window_s(
+    trials: Sequence[Trial], dense_s: float | None, fitness_windows: int
+) -> float:
+    """Tell what measuring one window takes: of the last trials, else of the dense one.
+
+    Args:
+        trials: So far.
+        dense_s: Seconds that the dense model took on the fitness split; None if that is
+            not known.
+        fitness_windows: Of that split.
+    """
+    measured = [trial for trial in trials[-20:] if trial.windows]
+    if measured:
+        spent = math.fsum(trial.timings.get("evaluate_s", 0.0) for trial in measured)
+        return spent / sum(len(trial.windows) for trial in measured)
+    return (dense_s or 0.0) / fitness_windows
