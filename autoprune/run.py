@@ -24,6 +24,7 @@ from autoprune.searching.clock import Clock, Timetable
 from autoprune.searching.engines import open_crew
 from autoprune.searching.finals import Finalist, best_so_far
 from autoprune.searching.ledger import Ledger
+from autoprune.searching.memory_limit import held_memory
 from autoprune.searching.plan import Plan
 from autoprune.searching.reserve import Reserve
 from autoprune.searching.room import Room
@@ -113,6 +114,7 @@ def search(
     _tell(first, observer)
     searched: list[Part] = []
     with ExitStack() as opened:
+        opened.enter_context(held_memory(_own_memory(config)))
         for place, share, plan in plans_of(first, searched, observer):
             ledger = opened.enter_context(Ledger.open(folder / place, plan.fingerprint))
             searched.append(Part(place, share, plan, ledger))
@@ -170,6 +172,12 @@ def _deliver(
         plugins=plan.config.plugins,
         force=True,
     )
+
+
+def _own_memory(config: RunConfig) -> float | None:
+    """Tell how much memory this process may take, beside its workers."""
+    limit = config.search.memory
+    return limit and limit / (1 + (config.workers.count or 0))
 
 
 def _note_settings(folder: Path, config: RunConfig) -> None:

@@ -101,6 +101,7 @@ class Plan:
             fuse=config.fuse,
             cache=cache,
         )
+        bench.store.cap_bytes = int(config.search.disk or bench.store.cap_bytes)
         if config.latency:
             backends = plugins.objects["latency_backends"].values()
             bench = with_latency(bench, config.latency, backends)
@@ -219,8 +220,8 @@ class Plan:
         if needed > cap:
             raise ConfigError(
                 f"the variants of this space take {needed / 1e9:.1f} GB, the cap of "
-                f"the store is {cap / 1e9:.1f} GB. Allow fewer actions, or raise the "
-                "cap with AUTOPRUNE_STORE_GB"
+                f"the store is {cap / 1e9:.1f} GB. Allow fewer actions, or more with "
+                "search: {disk: ...} or AUTOPRUNE_STORE_GB"
             )
 
     def cost(self, split: str) -> Callable[[Measured], float]:

@@ -40,19 +40,21 @@ class Recipe:
         incumbents: Around which further rounds are, one a round, as their JSON.
         fingerprint: What decides what a policy scores, as the driver has it.
         threads: Of each worker.
+        memory: Bytes of data that each may hold; None for no limit.
     """
 
     config: Mapping[str, Any]
     incumbents: tuple[Mapping[str, Any], ...]
     fingerprint: Mapping[str, Any]
     threads: int
+    memory: int | None = None
 
     @classmethod
-    def of(cls, plan: Plan, threads: int) -> "Recipe":
+    def of(cls, plan: Plan, threads: int, memory: int | None = None) -> "Recipe":
         """Describe a plan."""
         incumbents = tuple(policy.to_dict() for policy in plan.incumbents)
         config = plan.config.model_dump(mode="json")
-        return cls(config, incumbents, fingerprint_of(plan), threads)
+        return cls(config, incumbents, fingerprint_of(plan), threads, memory)
 
 
 def fingerprint_of(plan: Plan) -> dict[str, Any]:

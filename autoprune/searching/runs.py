@@ -11,8 +11,8 @@ from autoprune.errors import PolicyError, RunError
 from autoprune.evaluation.provenance import Mix
 from autoprune.policy import Policy
 from autoprune.searching.fingerprint import differences
-from autoprune.searching.ledger import FILE as LEDGER
 from autoprune.searching.ledger import Ledger
+from autoprune.searching.opening import has_rows
 from autoprune.searching.rows import Trial
 
 CONFIG = "config.yaml"
@@ -127,7 +127,7 @@ def read_trial(folder: Path, name: int | str) -> tuple[Trial, Policy | None]:
 
 def parts_in(folder: Path) -> list[str]:
     """Name the parts of a run beside its first round, by their folders."""
-    return sorted(place.parent.name for place in folder.glob(f"*/{LEDGER}"))
+    return sorted(place.name for place in folder.glob("*") if has_rows(place))
 
 
 def _read_reference(place: Path) -> Policy | None:

@@ -50,6 +50,7 @@ def serve(connection: "Connection[Any, Any]", asked: "SimpleQueue[Any]") -> None
     """Do what is asked for, one thing after the other."""
     import torch
 
+    from autoprune.searching.memory_limit import hold_memory
     from autoprune.searching.recipe import Kitchen, Recipe
 
     kitchen, evaluator = Kitchen(), None
@@ -57,6 +58,8 @@ def serve(connection: "Connection[Any, Any]", asked: "SimpleQueue[Any]") -> None
         message = asked.get()
         if isinstance(message, Recipe):
             torch.set_num_threads(message.threads)
+            if message.memory is not None:
+                hold_memory(message.memory)
             try:
                 evaluator = kitchen.make(message)
             except Exception as error:

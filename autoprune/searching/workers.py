@@ -80,7 +80,7 @@ class ProcessCrew(Crew):
 
     def enter(self, plan: Plan) -> None:
         """Have all workers evaluate for another part of the run; none may be busy."""
-        recipe = Recipe.of(plan, self._recipe.threads)
+        recipe = Recipe.of(plan, self._recipe.threads, self._recipe.memory)
         if not differences(self._recipe.fingerprint, recipe.fingerprint):
             return
         self._recipe = recipe
