@@ -130,12 +130,17 @@ class Gradient(PolicySampler):
         """
         free = sum(len(actions) > 1 for actions in self.space.choices.values())
         changes, boldness, refused = max(FEWEST, FIRST * free), 1.0, 0
+        held = -1
         for trial in self._steps():
             notes = notes_of(trial)
+            held = max(held, notes["base"])
+            if notes["base"] < held and trial.number not in self.brief.slopes:
+                continue  # another worker's, of an incumbent that was left meanwhile
             base = self.brief.row(notes["base"])
             gap, _ = paired(trial.windows, base.windows)
             if trial.number in self.brief.slopes:
                 changes, boldness, refused = min(free, changes * GROWS), 1.0, 0
+                held = trial.number
             elif trial.windows and gap < MUCH * notes["promised"] < 0:
                 boldness, refused = max(BOLDER[-1], boldness * BOLDER[0]), refused + 1
             else:

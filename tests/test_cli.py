@@ -210,6 +210,10 @@ def test_the_same_command_goes_on(space: Path) -> None:
         (["plugins", "--plugin", "no.such"], "plugin 'no.such'"),
         (["evaluate", "nowhere"], "'nowhere'"),
         (["solve", "nowhere", "--size", "40%"], "nowhere is no run folder"),
+        (
+            ["apply", "p", "--model", "m", "--out", "o", "--statistics", "reuze"],
+            "Did you mean 'reuse'?",
+        ),
     ],
     ids=" ".join,
 )
@@ -232,6 +236,7 @@ def test_errors_are_a_message_and_exit_code_1(
         ["search", "quick", "--trials", "0"],
         ["export", "run", "--front", "--trial", "3"],
         ["apply", "policy.json"],
+        ["apply", "p", "--model", "m", "--out", "o", "--tensor-parallel", "0"],
         ["solve", "run"],
         ["solve", "run", "--front", "1"],
     ],

@@ -68,11 +68,13 @@ HOMES = {
     "platformdirs": {"models"},
     "plotly": {"reporting"},
     "pluggy": {"plugins", "hookspecs"},
+    "psycopg": {"searching"},
     "pyarrow": {"latency", "reporting", "searching"},
     "pydantic": {"config", "limits", "search_config"},
     "ray": {"searching"},
     "rich": {"cli", "commands", "reporting"},
     "scipy": {"searching"},
+    "sqlalchemy": {"searching"},
     "transformers": {"models", "exporting", "targets", "latency", "testing"},
     "typer": {
         "cli",

@@ -212,7 +212,7 @@ def test_stages_are_told_in_their_order(config: RunConfig, tmp_path: Path) -> No
         "exporting the smallest policy, to be sure",
         "measuring the dense model",
         "measuring sensitivities (fisher), for rivals",
-        "measuring sensitivities (tokens), for rivals",
+        "measuring sensitivities (blend), for rivals",
         "searching",
         "choosing among finalists",
         "measuring on the report split",

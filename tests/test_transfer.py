@@ -6,11 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import WINDOW, config_of, save_tiny, write_text
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import autoprune
 from autoprune.config import TextConfig
-from autoprune.errors import MethodError, ModelError, PluginError, PolicyError
+from autoprune.errors import (
+    ConfigError,
+    ExportError,
+    MethodError,
+    ModelError,
+    PluginError,
+    PolicyError,
+)
 from autoprune.policy import DENSE, Policy
 from autoprune.run import SearchResult, search
 from autoprune.transfer import apply, evaluate, read_policy
@@ -44,7 +51,7 @@ def other(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Pa
 
 def changed(source: Path, folder: Path, **config: int) -> Path:
     """Save a model like another one, drawn anew."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     settings = AutoConfig.from_pretrained(source, **config)
     with torch.random.fork_rng(devices=[]):
@@ -258,3 +265,174 @@ def test_an_export_with_a_damaged_policy_is_named(
     (tmp_path / "policy.json").write_text("{broken")
     with pytest.raises(PolicyError, match="cannot read the policy .*policy.json"):
         evaluate(str(tmp_path), task="causal-lm", text=text)
+
+
+@pytest.fixture(scope="module")
+def pruned(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, text: TextConfig
+) -> SearchResult:
+    """A search whose winner takes statistics of all kinds but gradients."""
+    config = config_of(
+        tiny_checkpoint,
+        text.source,
+        space=[{"actions": ["sparsegpt(sparsity=[0.6, 0.7])"]}],
+        objective={},
+        search={"trials": 2, "finalists": 1},
+    )
+    return search(config, tmp_path_factory.mktemp("pruned") / "run")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """A sibling: the tiny checkpoint after a few steps on other words."""
+    folder = tmp_path_factory.mktemp("tuned") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).train()
+    ids = torch.tensor(
+        [tokenizer("The tuned one speaks of verse, not of things. " * 3)["input_ids"]]
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(8):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_tuned_sibling_takes_statistics_anew_or_reuses_them(
+    pruned: SearchResult, tuned: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    reports = {
+        way: apply(
+            pruned.run_dir,
+            model=str(tuned),
+            out=tmp_path / way,
+            text=text,
+            statistics=way,
+        )
+        for way in ("anew", "reuse")
+    }
+    kl = {way: report.metrics["kl"] for way, report in reports.items()}
+    # The same zeros count, other weights; both better than magnitude, which sees none.
+    sizes = {report.size_bytes for report in reports.values()}
+    assert len(sizes) == 1
+    assert kl["anew"] != kl["reuse"]
+    assert pruned.policy is not None
+    plain = {site: "magnitude(sparsity=0.7)" for site in pruned.policy}
+    plain |= {"embedding": "dense"}
+    blind = evaluate(str(tuned), policy=Policy.from_dict({"actions": plain}), text=text)
+    assert max(kl.values()) < blind["policy"]["kl"]
+    told = json.loads((tmp_path / "reuse" / "policy.json").read_text())
+    winner = json.loads((pruned.run_dir / "policy.json").read_text())
+    assert told["model"]["source"] == str(tuned)
+    assert told["statistics"]["model"] == winner["model"]
+    assert told["reference"] == winner["reference"]
+    assert told["figures"]["compressed"] == reports["reuse"].metrics
+    card = (tmp_path / "reuse" / "README.md").read_text()
+    assert "Statistics were not taken from this model: those of `checkpoint`" in card
+    assert "statistics" not in json.loads((tmp_path / "anew/policy.json").read_text())
+    # An export that reused statistics says whose they were, and passes them on.
+    again = apply(
+        tmp_path / "reuse",
+        model=str(tuned),
+        out=tmp_path / "again",
+        text=text,
+        statistics="reuse",
+    )
+    assert again.metrics == reports["reuse"].metrics
+
+
+def with_record(run: SearchResult, folder: Path, **changes: object) -> Path:
+    """Copy the policy of a run with other things beside it; None takes one away."""
+    record = json.loads((run.run_dir / "policy.json").read_text()) | changes
+    path = folder / "changed.json"
+    path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
+    return path
+
+
+def test_statistics_that_cannot_be_reused_are_refused(
+    pruned: SearchResult, tuned: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    def refused(policy: Path | Policy, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            apply(
+                policy,
+                model=str(tuned),
+                out=tmp_path / "out",
+                text=text,
+                statistics="reuse",
+            )
+        assert not (tmp_path / "out").exists()
+
+    record = json.loads((pruned.run_dir / "policy.json").read_text())
+    assert pruned.policy is not None
+    refused(pruned.policy, PolicyError, "a policy by itself does not say whose")
+    bare = with_record(pruned, tmp_path, model=None)
+    refused(bare, PolicyError, "whose statistics could be reused: its 'model' is None")
+    half = with_record(pruned, tmp_path, text={"source": "builtin"})
+    refused(half, PolicyError, r"its 'text' is \{'source': 'builtin'\}")
+    gone = with_record(pruned, tmp_path, model={"source": "/no/where", "revision": ""})
+    refused(gone, PolicyError, r"of /no/where cannot be reused: .*no model.*anew")
+    changed_model = with_record(
+        pruned, tmp_path, model=record["model"] | {"revision": "abc"}
+    )
+    refused(changed_model, PolicyError, "its model was abc when .* and is .* now")
+    changed_text = with_record(
+        pruned, tmp_path, text=record["text"] | {"fingerprint": "abc"}
+    )
+    refused(changed_text, PolicyError, "its text was abc when .* and is .* now")
+    actions = {site: "gblm(sparsity=0.5)" for site in pruned.policy}
+    steep = with_record(pruned, tmp_path, actions=actions | {"embedding": "dense"})
+    refused(steep, MethodError, "gblm reads gradient_square")
+    with pytest.raises(ConfigError, match="unknown way of statistics 'reuze'.*'reuse'"):
+        apply(
+            pruned.run_dir, model=str(tuned), out=tmp_path / "out", statistics="reuze"
+        )
+    with pytest.raises(PolicyError, match="another depth has other ones"):
+        apply(
+            pruned.run_dir,
+            model=str(tuned),
+            out=tmp_path / "out",
+            adapt=True,
+            statistics="reuse",
+        )
+
+
+def test_a_sibling_of_another_width_cannot_reuse_them(
+    pruned: SearchResult, tiny_checkpoint: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    wide = changed(tiny_checkpoint, tmp_path / "wide", intermediate_size=256)
+    message = "gate_proj is 256 x 64.*, and there 128 x 64"
+    with pytest.raises(PolicyError, match=message):
+        apply(
+            pruned.run_dir,
+            model=str(wide),
+            out=tmp_path / "out",
+            text=text,
+            statistics="reuse",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_gpus_cannot_share_is_refused(
+    tiny_checkpoint: Path, text: TextConfig, tmp_path: Path
+) -> None:
+    policy = policy_with(tiny_checkpoint, text, "rtn(bits=4, group=128)")
+    message = "down_proj under rtn.*with 2 GPUs each has 64 of 128 inputs, and 128"
+    with pytest.raises(ExportError, match=message):
+        apply(
+            policy,
+            model=str(tiny_checkpoint),
+            out=tmp_path / "out",
+            text=text,
+            tensor_parallel=2,
+        )
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from autoprune.searching.crew import Crew, Outcome
 from autoprune.searching.slopes import SiteSlopes
 from autoprune.searching.trial import Evaluator, Score
 
@@ -71,19 +72,59 @@ class SmoothEvaluator(Evaluator):
         found = tuple(kl[:windows].tolist())
         return Score({"kl": float(np.mean(found))}, found)
 
-    def slopes(self, policy, *, tokens, draws, turn, beside=(), **_):
+    def slopes(self, policy, *, tokens, draws, turn, beside=(), part=(0, 1), **_):
+        share, shares = part
         self.turns.append(turn)
         now = self.damage[self.problem.space.index(policy)]
         change = self.damage - now[:, None]
-        total, count = len(self.weights), tokens // WINDOW
+        total, count = len(self.weights), max(tokens // WINDOW, shares)
         order = [(turn * count + i) % total for i in range(total)]
         windows = [window for window in order if window not in beside][:count]
+        windows = windows[share::shares]
         gradient = self.weights[windows] + (self.curves @ now) * self.curves
         each = gradient[:, :, None] * change
         curvature = (self.curves[:, None] * change) ** 2 / 2
         return SiteSlopes(
             each.mean(0).astype(np.float32),
-            (each.std(0, ddof=1) / count**0.5).astype(np.float32),
+            (each.std(0) / len(windows) ** 0.5).astype(np.float32),
             curvature.astype(np.float32) * (draws > 0),
             tuple(windows),
         )
+
+
+class ShuffledCrew(Crew):
+    """Workers whose jobs end in an order that chance draws; some lose their worker.
+
+    Jobs are done in this process, so that a test can try thousands of orders.
+    """
+
+    def __init__(self, evaluator, size, *, seed=0, lost=0.0):
+        self.evaluator = evaluator
+        self.size = size
+        self.lost = lost
+        self.most = 0
+        self._rng = np.random.default_rng(seed)
+        self._jobs = {}
+
+    def enter(self, plan):
+        raise AssertionError("tests of a study have no plans")
+
+    def idle(self):
+        return [n for n in range(self.size) if n not in self._jobs]
+
+    def submit(self, worker, job):
+        assert worker not in self._jobs
+        self._jobs[worker] = job
+        self.most = max(self.most, len(self._jobs))
+
+    def wait(self, seconds):
+        if not self._jobs:
+            return []
+        worker = int(self._rng.choice(sorted(self._jobs)))
+        job = self._jobs.pop(worker)
+        if self._rng.random() < self.lost:
+            return [Outcome(worker, lost="killed by a test")]
+        try:
+            return [Outcome(worker, job.run(self.evaluator))]
+        except Exception as error:
+            return [Outcome(worker, error=error)]

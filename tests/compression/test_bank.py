@@ -3,29 +3,25 @@
 import logging
 import shutil
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from autoprune_plugins.architectures import register_architectures
+from tiny_banks import Bench, best_columns, inputs_of, kept_columns, same
 from tiny_models import tiny
 from torch import Tensor, nn
-from toy_methods import Columns, Round, Toy, toys
+from toy_methods import Columns, Round, Toy
 from transformers import LlamaForCausalLM
 
-from autoprune.compression.actions import Actions
 from autoprune.compression.apply import StitchedModel
-from autoprune.compression.bank import VariantBank
 from autoprune.compression.method import Settings, Source
 from autoprune.compression.storage import Storage
-from autoprune.compression.store import VariantStore
 from autoprune.compression.variant import Variant
 from autoprune.errors import MethodError, PluginError, StoreError
-from autoprune.models.layers import inventory, read_weight
+from autoprune.models.layers import read_weight
 from autoprune.models.statistics import InputStatistics
-from autoprune.models.text import TokenWindows
 from autoprune.policy import DENSE, Action, Layer
 
 EARLY, NORM, CURVE = map(
@@ -35,76 +31,9 @@ ROUND = Action.parse("round(bits=4)")
 BOTH = Action.parse("round + norm(keep=8)")
 
 
-def windows(seed: int = 0) -> TokenWindows:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 60, (5, 12), generator=generator)
-    return TokenWindows(ids, "statistics", "test", f"{seed:016x}")
-
-
-class Bench:
-    """Opens banks of one model and one folder."""
-
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        self.model = model
-        self.found = inventory(model, register_architectures())
-        self.layers = [layer for layer in self.found.layers if layer.block is not None]
-        self.stitched = StitchedModel(model, self.found.layers)
-        self.toys = toys()
-        self.store = VariantStore(folder, 10**9)
-
-    def bank(
-        self,
-        reference: Mapping[Layer, Action] | None = None,
-        *,
-        seed: int = 0,
-        revision: str = "r1",
-    ) -> VariantBank:
-        return VariantBank(
-            self.stitched,
-            self.found,
-            Actions(self.toys),
-            self.store,
-            windows(seed),
-            revision,
-            reference or {},
-            batch=2,
-        )
-
-    def calls(self, name: str) -> int:
-        return len(self.toys[name].calls)
-
-    def layer(self, end: str) -> Layer:
-        return next(layer for layer in self.layers if layer.name.endswith(end))
-
-
 @pytest.fixture
 def bench(tiny_model: LlamaForCausalLM, tmp_path: Path) -> Bench:
     return Bench(tiny_model, tmp_path)
-
-
-def same(one: Variant, other: Variant) -> bool:
-    return one.storage == other.storage and torch.equal(one.weight, other.weight)
-
-
-def inputs_of(model: nn.Module, layer: Layer) -> Tensor:
-    """Catch what a layer reads in ordinary forward passes."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(layer.name).register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].flatten(0, -2))
-    )
-    for ids in windows().ids.split(2):
-        model(ids)
-    handle.remove()
-    return torch.cat(seen)
-
-
-def kept_columns(variant: Variant) -> list[int]:
-    assert variant.mask is not None
-    return variant.mask[0].nonzero()[:, 0].tolist()
-
-
-def best_columns(inputs: Tensor, keep: int = 8) -> list[int]:
-    return sorted(inputs.float().square().sum(0).topk(keep).indices.tolist())
 
 
 def test_dense_is_the_weight_that_was_loaded(bench: Bench) -> None:
@@ -547,7 +476,7 @@ def test_a_store_that_holds_not_one_variant_is_an_error(bench: Bench) -> None:
 
 
 def test_a_small_store_makes_variants_again(bench: Bench) -> None:
-    bench.store.cap_bytes = 30_000  # some two variants
+    bench.store.cap_bytes = 3_000  # some two variants
     bank = bench.bank()
     wanted = dict.fromkeys(bench.layers, EARLY)
     assert bank.put(wanted) == len(wanted)

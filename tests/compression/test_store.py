@@ -129,7 +129,7 @@ def test_a_file_of_another_format_is_made_again(
 ) -> None:
     store.put(KEY, kinds(rng)["dense"])
     path = file_of(store)
-    text = path.read_bytes().replace(b'"format":"1"', b'"format":"0"')
+    text = path.read_bytes().replace(b'"format":"2"', b'"format":"0"')
     path.write_bytes(text)
     assert store.get(KEY) is None
     assert "its format is 0" in caplog.text

@@ -15,11 +15,9 @@ from autoprune.compression.actions import Actions
 from autoprune.compression.apply import StitchedModel
 from autoprune.compression.bank import VariantBank
 from autoprune.compression.store import VariantStore
-from autoprune.evaluation.sensitivity import (
-    output_errors,
-    replacement_costs,
-    score_rows,
-)
+from autoprune.evaluation.fisher import output_squares, score_rows
+from autoprune.evaluation.sensitivity import output_errors, replacement_costs
+from autoprune.evaluation.slopes import measure_slopes
 from autoprune.evaluation.teacher import Teacher
 from autoprune.models.layers import inventory, read_weight
 from autoprune.plugins import load_plugins
@@ -145,6 +143,30 @@ def test_columns_of_two_calls_belong_together(tmp_path: Path) -> None:
             np.testing.assert_allclose(
                 both[layer][:, number], alone[layer][:, 0], rtol=1e-4, atol=1e-6
             )
+
+
+def test_output_squares_are_those_of_the_dense_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stands on it, and in however many parts variants pass."""
+    case = Case("llama", tmp_path)
+    wanted = {**case.wanted(), case.inside[0]: []}
+    case.bank.put({})
+    variants = {
+        layer: [case.bank.weight(layer, action) for action in actions]
+        for layer, actions in wanted.items()
+        if actions
+    }
+    plain = measure_slopes(
+        case.model, case.teacher, variants, range(4), draws=2, apart=True
+    )
+    case.bank.put(dict.fromkeys(case.inside, HALF))
+    monkeypatch.setattr("autoprune.evaluation.fisher.memory_bytes", lambda: 40_000)
+    found = output_squares(case.bank, case.teacher, wanted, range(4), draws=2)
+    assert found.keys() == wanted.keys() and found[case.inside[0]].shape == (0,)
+    for layer, slopes in plain.items():
+        np.testing.assert_allclose(found[layer], slopes.apart, rtol=1e-4)
+        assert (found[layer] > 0).all()
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["dense", "incumbent"])

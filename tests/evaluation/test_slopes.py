@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_teachers import CASES, MASK, disturb, make, task_of, windows
+from torch import nn
 
 from autoprune.evaluation.slopes import measure_slopes
 from autoprune.evaluation.teacher import Teacher
@@ -147,18 +148,24 @@ def test_labels_are_drawn_for_the_first_windows_only():
         assert not len(found.crossed)
 
 
-@pytest.mark.parametrize("sampled", [3, 10**6])
-def test_pairs_are_the_squares_of_every_gradient_with_every_change(sampled):
-    model, teacher, variants = ready("llama", {})
-    layer = next(la for la in variants if la.name.endswith("1.mlp.up_proj"))
-    module, seen = model.get_submodule(layer.name), {"read": [], "given": []}
+def heard(model, layer):
+    """Catch what a layer reads and the gradients of what it gives."""
+    seen = {"read": [], "given": []}
 
     def hear(module, inputs, output):
         seen["read"].append(inputs[0].detach().flatten(0, 1))
         output.requires_grad_()  # no layer before it is priced
         output.register_hook(lambda g: seen["given"].append(g.flatten(0, 1)))
 
-    handle = module.register_forward_hook(hear)
+    handle = model.get_submodule(layer.name).register_forward_hook(hear)
+    return seen, handle
+
+
+@pytest.mark.parametrize("sampled", [3, 10**6])
+def test_pairs_are_the_squares_of_every_gradient_with_every_change(sampled):
+    model, teacher, variants = ready("llama", {})
+    layer = next(la for la in variants if la.name.endswith("1.mlp.up_proj"))
+    seen, handle = heard(model, layer)
     slopes = measure_slopes(
         model, teacher, {layer: variants[layer]}, [1, 3], draws=1, sampled=sampled
     )
@@ -173,3 +180,75 @@ def test_pairs_are_the_squares_of_every_gradient_with_every_change(sampled):
         expected = plain / len(at) ** 2 / 2
         found = float(slopes[layer].crossed[index])
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+def test_outputs_apart_are_the_sum_of_the_squares_of_every_number():
+    """Weights and biases, over two passes of labels."""
+    model, teacher, variants = ready("llama", {})
+    layer = next(la for la in variants if la.name.endswith("1.mlp.down_proj"))
+    bias = torch.randn(32, generator=torch.Generator().manual_seed(3)) * 0.1
+    priced = [with_bias(variants[layer][0], bias), *variants[layer][1:]]
+    seen, handle = heard(model, layer)
+    slopes = measure_slopes(
+        model, teacher, {layer: priced}, [1, 3, 4], draws=2, apart=True
+    )[layer]
+    handle.remove()
+    (read,), (_, *given) = seen["read"], seen["given"]  # the first pass is the KL's
+    assert len(given) == 2 and slopes.apart.shape == (3,)
+    positions = 2 * int(teacher.batch_of([1, 3, 4]).scored.sum())
+    for index, weight in enumerate(priced):
+        moved = read @ (weight - read_weight(model, layer)).T
+        moved = (moved + bias if index == 0 else moved).tolist()
+        plain = sum(
+            (g * m) ** 2
+            for gradient in given
+            for g_row, m_row in zip(gradient.tolist(), moved, strict=True)
+            for g, m in zip(g_row, m_row, strict=True)
+        )
+        found = float(slopes.apart[index])
+        assert found == pytest.approx(plain / positions / 2, rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "exact"), [(2, 1, 1), (2, 9, 0), (24, 1, 0)]
+)
+def test_apart_is_the_whole_where_one_number_changes(length, rows, exact):
+    """One output, at one position: of two tokens only the first has a gradient."""
+    model = make("llama", {})
+    teacher = Teacher(task_of("llama"), model, windows(9, length), tokenizer=MASK)
+    found = inventory(model, list(load_plugins().objects["architectures"].values()))
+    variants = {}
+    for layer in (la for la in found.layers if la.role.endswith("_proj")):
+        now = read_weight(model, layer)
+        changed = now.clone()
+        changed[2 : 2 + rows] = 0
+        variants[layer] = [changed]
+    slopes = measure_slopes(model, teacher, variants, range(9), draws=4, apart=True)
+    wholes = {la: one.score.square().mean(0) / 2 for la, one in slopes.items()}
+    # A lone token attends to itself, whatever its query and key are.
+    alike = [
+        torch.allclose(slopes[la].apart, wholes[la], rtol=1e-3)
+        for la in variants
+        if la.role not in ("q_proj", "k_proj")
+    ]
+    assert len(alike) > 6
+    assert all(alike) if exact else not any(alike)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "qwen2"])
+def test_apart_is_the_whole_where_outputs_are_not_heard(kind):
+    """Transposed weights, experts and a tied head."""
+    model, teacher, variants = ready(kind, {})
+    slopes = measure_slopes(model, teacher, variants, [0, 2], draws=3, apart=True)
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    others = [layer for layer in variants if layer.name not in linear]
+    assert others
+    for layer in others:
+        whole = slopes[layer].score.square().mean(0) / 2
+        assert torch.equal(slopes[layer].apart, whole) and whole[0] > 0
+
+
+def test_outputs_are_taken_apart_only_where_that_is_asked_for():
+    model, teacher, variants = ready("llama", {})
+    slopes = measure_slopes(model, teacher, variants, [0, 1], draws=1)
+    assert not any(len(found.apart) for found in slopes.values())

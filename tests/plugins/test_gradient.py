@@ -45,7 +45,16 @@ def problem():
     return make_problem((10, 10, 10))
 
 
-def row(problem, number, *, step=None, changes=SITES, windows=(1.0, 1.0), indices=None):
+def row(
+    problem,
+    number,
+    *,
+    base=0,
+    step=None,
+    changes=SITES,
+    windows=(1.0, 1.0),
+    indices=None,
+):
     """A row; a ``step`` is a pair of what it promised, linear and curved."""
     if indices is None:
         indices = np.zeros(len(problem.space.sites), dtype=np.int64)
@@ -53,7 +62,7 @@ def row(problem, number, *, step=None, changes=SITES, windows=(1.0, 1.0), indice
     notes = {}
     if step is not None:
         linear, curved = step
-        notes = {"base": 0, "changes": changes, "promised": linear + curved}
+        notes = {"base": base, "changes": changes, "promised": linear + curved}
         notes |= {"linear": linear, "curved": curved}
     return Trial(
         number=number,
@@ -84,9 +93,10 @@ def falling():
 
 def brief_of(problem, verdicts, *, found=None, seed=0):
     """A history of one base and steps that were accepted (+) or refused (-)."""
-    rows = [row(problem, 0)]
-    rows += [row(problem, n + 1, step=(-1.0, 0.0)) for n in range(len(verdicts))]
-    held = [0] + [n + 1 for n, verdict in enumerate(verdicts) if verdict == "+"]
+    rows, held = [row(problem, 0)], [0]
+    for number, verdict in enumerate(verdicts, start=1):
+        rows.append(row(problem, number, step=(-1.0, 0.0), base=held[-1]))
+        held += [number] if verdict == "+" else []
     known = {number: found or falling() for number in held}
     return Brief(seed, 1, problem, tuple(rows), slopes=known)
 
@@ -129,6 +139,24 @@ def test_trust_region_grows_and_shrinks(problem, verdicts, changes):
     assert chosen.tolist() == [0] * (SITES - changes) + [1] * changes
     last = verdicts.rfind("+") + 1
     assert notes["base"] == last
+
+
+def test_steps_beside_each_other_are_ever_smaller(problem):
+    brief, sizes = brief_of(problem, ""), []
+    for number in range(1, 4):
+        chosen, notes = Gradient(brief).propose()
+        sizes.append(notes["changes"])
+        step = row(problem, number, step=(-1.0, 0.0), changes=notes["changes"])
+        brief = replace(brief, pending=(*brief.pending, step))
+    assert sizes == [6, 3, 2]
+
+
+def test_steps_of_an_incumbent_that_was_left_meanwhile_do_not_count(problem):
+    brief = brief_of(problem, "+")
+    late = [row(problem, n, step=(-1.0, 0.0), base=0) for n in range(2, 9)]
+    brief = replace(brief, history=(*brief.history, *late))
+    chosen, notes = Gradient(brief).propose()
+    assert (notes["base"], chosen.sum()) == (1, 9)
 
 
 def test_steps_of_an_older_version_do_not_count(problem):

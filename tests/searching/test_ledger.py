@@ -235,8 +235,8 @@ def test_damaged_ledger_is_refused(tmp_path):
     (tmp_path / BACKUP).unlink()
     with pytest.raises(RunError, match="cannot read the ledger .*Take a copy from"):
         Ledger.open(tmp_path, MADE)
-    with Ledger.read(tmp_path) as ledger:
-        with pytest.raises(RunError, match="cannot read the ledger .*malformed"):
+    with pytest.raises(RunError, match="cannot read the ledger .*malformed"):
+        with Ledger.read(tmp_path) as ledger:
             ledger.trials()
 
 

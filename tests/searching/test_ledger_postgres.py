@@ -25,7 +25,7 @@ from autoprune.policy import Policy
 from autoprune.searching import mirror as mirrors
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.mirror import Mirror
-from autoprune.searching.mirrored import NUMBER, storage_of
+from autoprune.searching.mirrored import NUMBER, let_go, storage_of
 from autoprune.searching.objective import Objective
 from autoprune.searching.rows import Trial
 from autoprune.searching.slopes import SiteSlopes
@@ -591,8 +591,10 @@ def test_mirror_outlives_the_server(server, url, tmp_path, monkeypatch, caplog):
                 ledger.add(make_trial(number))
         mirror.update()
         mirror.close()
-    study = optuna.load_study(study_name="run", storage=storage_of(url)())
+    storage = storage_of(url)()
+    study = optuna.load_study(study_name="run", storage=storage)
     assert [t.user_attrs[NUMBER] for t in study.get_trials()] == [0, 1, 2, 3]
+    let_go(storage)
 
 
 def test_run_in_a_file_does_not_move_to_a_database(url, tmp_path):

@@ -12,7 +12,7 @@ from tiny_runs import write_text
 from autoprune.compression.store import VariantStore
 from autoprune.config import TextConfig
 from autoprune.errors import ConfigError, StoreError
-from autoprune.evaluation.fisher import token_squares
+from autoprune.evaluation.fisher import output_squares
 from autoprune.evaluation.sensitivity import output_errors
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import load_plugins
@@ -23,6 +23,9 @@ from autoprune.searching.space import SearchSpace, build_space
 WANDA = Action.parse("wanda(sparsity=0.5)")
 ROUND = Action.parse("rtn(bits=6, group=16)")
 COARSE = Action.parse("rtn(bits=3, group=16)")
+
+PARTS = {"blend": ["fisher", "outputs"]}
+"""What is measured for a kind that is made of others."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_costs_have_the_order_of_the_space(
     assert found.space.sites[0].name == "embedding"
     assert costs[0, 0] == 0 and costs[0, 1] > 0 and costs[0, 2] == np.inf
     assert (costs[1:, 1] == 0).all() and (costs[1:, [0, 2]] > 0).all()
-    assert found.seconds.keys() == {kind}
+    assert found.seconds.keys() == set(PARTS.get(kind, [kind]))
     # Read again, by another object, and not measured.
     again = sensitivities(bench, tmp_path, WANDA, DENSE, COARSE)
     assert np.array_equal(again.costs(kind), costs)
@@ -82,7 +85,8 @@ def test_one_more_action_measures_only_that(
     with caplog.at_level(logging.INFO, "autoprune.searching.sensitivity"):
         costs = more.costs(kind)
     pairs = 8 if kind == "measured" else 14  # sites, layers
-    assert f"sensitivities {kind} of {pairs} pairs took" in caplog.text
+    for part in PARTS.get(kind, [kind]):
+        assert f"sensitivities {part} of {pairs} pairs took" in caplog.text
     assert np.array_equal(costs[1:, [2, 0]], first[1:, :2])
     fresh = sensitivities(bench, tmp_path / "fresh", COARSE, ROUND, WANDA)
     np.testing.assert_allclose(fresh.costs(kind), costs, rtol=1e-4, atol=1e-7)
@@ -100,21 +104,33 @@ def test_errors_of_a_site_are_the_sum_of_its_layers(
     assert costs[row, 0] == pytest.approx(plain)
 
 
-def test_tokens_take_all_text_there_is_before_more_labels(
+def test_outputs_take_all_text_there_is_before_more_labels(
     bench: Workbench, tmp_path: Path
 ) -> None:
     """Half of the draws of ``fisher``: 8 of 16, then 13 of 26, over 6 windows."""
     found = sensitivities(bench, tmp_path, WANDA, COARSE)
     few = replace(found, windows=2, draws=13, seconds={})
-    costs = {1: found.costs("tokens"), 2: few.costs("tokens")}
+    costs = {1: found.costs("outputs"), 2: few.costs("outputs")}
     layers = [la for site in found.space.sites[1:] for la in site.layers]
     wanted = dict.fromkeys(layers, [WANDA, COARSE])
     teacher = found.bench.teacher("fitness")
     for draws, had in costs.items():
-        plain = token_squares(found.bank, teacher, wanted, range(6), draws=draws)
+        plain = output_squares(found.bank, teacher, wanted, range(6), draws=draws)
         for row, site in enumerate(found.space.sites[1:], start=1):
             expected = np.sum([plain[layer] for layer in site.layers], 0)
             np.testing.assert_allclose(had[row, :2], expected, rtol=1e-4)
+
+
+def test_a_blend_lies_between_its_parts_as_a_geometric_mean(
+    bench: Workbench, tmp_path: Path
+) -> None:
+    found = sensitivities(bench, tmp_path, WANDA, DENSE, COARSE)
+    blend, one, other = (found.costs(k) for k in ("blend", "fisher", "outputs"))
+    some = np.isfinite(one) & (one > 0)
+    assert some.sum() == 17 and not np.allclose(one[some], other[some], rtol=0.05)
+    logs = (np.log(one[some]) + np.log(other[some])) / 2
+    np.testing.assert_allclose(np.log(blend[some]), logs, rtol=1e-9)
+    assert np.array_equal(blend[~some], one[~some])
 
 
 def test_measured_costs_are_those_of_plain_measurements(
