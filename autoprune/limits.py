@@ -65,8 +65,8 @@ def seconds_until(text: str, now: datetime) -> float:
     """
     try:
         if len(text) <= len("07:30"):
-            at = datetime.combine(now.date(), datetime.strptime(text, "%H:%M").time())
-            at = at.astimezone(now.tzinfo)
+            time = datetime.strptime(text, "%H:%M").time()
+            at = datetime.combine(now.date(), time, tzinfo=now.tzinfo)
             at = at if at > now else at + timedelta(days=1)
         else:
             at = datetime.fromisoformat(text)

@@ -70,8 +70,8 @@ def test_changes_leave_the_data_alone() -> None:
         (
             {"search": {"trails": 3}},
             "unknown key 'trails'. Did you mean 'trials' or 'rivals'? Known: budget, "
-            "finalists, proposals, pruner, refine, rivals, rounds, rungs, sampler, "
-            "seed, sensitivity, trials (in search)",
+            "deadline, disk, finalists, memory, proposals, pruner, refine, rivals, "
+            "rounds, rungs, sampler, seed, sensitivity, trials (in search)",
         ),
         (
             {"space": [{"site": "a", "actions": ["rtn"]}]},

@@ -21,6 +21,10 @@ class Clock:
         """Give seconds that only ever grow."""
         return time.monotonic()
 
+    def real(self, seconds: float) -> float:
+        """Tell how much time passes by this clock in so many real seconds."""
+        return seconds
+
     def wall(self) -> datetime:
         """Give the local time."""
         return datetime.now().astimezone()
@@ -39,6 +43,10 @@ class FastClock(Clock):
     def now(self) -> float:
         """Give accelerated seconds."""
         return self.speed * time.monotonic()
+
+    def real(self, seconds: float) -> float:
+        """Tell how much time passes by this clock in so many real seconds."""
+        return self.speed * seconds
 
 
 @dataclass(eq=False)

@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Self
 
 from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage
 
 from autoprune.errors import RunError
 from autoprune.searching.ledger import Ledger
-from autoprune.searching.mirrored import MirroredStudy, Open, shown, storage_of
+from autoprune.searching.mirrored import (
+    MirroredStudy,
+    Open,
+    let_go,
+    shown,
+    storage_of,
+)
 from autoprune.searching.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -69,6 +76,7 @@ class Mirror:
         self._distributions = distributions
         self._folder = folder
         self._ledger: Ledger | None = None
+        self._storage: BaseStorage | None = None
         self._study: MirroredStudy | None = None
         self._news = threading.Event()
         self._closing = threading.Event()
@@ -149,10 +157,10 @@ class Mirror:
                 self._closing.wait(took / MOST_SHARE - took)
 
     def _opened(self, ledger: Ledger) -> MirroredStudy | None:
-        storage = self._open()
+        self._storage = self._open()
         try:
             self._study = MirroredStudy(
-                storage,
+                self._storage,
                 self._name,
                 run=ledger.identity,
                 objective=self._objective,
@@ -187,7 +195,7 @@ class Mirror:
 
     def _drop(self) -> None:
         """Let go of the storage; it is opened anew."""
-        if self._study is not None:
+        if self._storage is not None:
             with suppress(Exception):
-                self._study.close()
-            self._study = None
+                let_go(self._storage)
+        self._storage = self._study = None

@@ -119,12 +119,6 @@ class MirroredStudy:
             self._study.set_user_attr(COPIED, known)
             self._noted = self._count
 
-    def close(self) -> None:
-        """Let go of the storage."""
-        if isinstance(self._storage, RDBStorage):
-            self._storage.remove_session()
-            self._storage.engine.dispose()
-
     def _find_the_rest(self) -> None:
         """Read the trials that were added and not noted, as by a killed process."""
         while self._has(self._count):
@@ -169,6 +163,13 @@ def storage_of(place: str) -> Open:
     if url.get_backend_name() == "sqlite":
         _check_is_no_ledger(Path(url.database or ""))
     return lambda: _open(url)
+
+
+def let_go(storage: BaseStorage) -> None:
+    """End the connections of a storage."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def _open_journal(path: Path) -> BaseStorage:

@@ -6,9 +6,10 @@ writing and loading cost.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from autoprune.search_config import SearchConfig
 from autoprune.searching.clock import Timetable
 from autoprune.searching.plan import Plan
 from autoprune.searching.rows import Trial
@@ -73,17 +74,40 @@ class Reserve:
             export: Whether the winner will be exported.
         """
         windows = {name: len(split.ids) for name, split in plan.bench.splits.items()}
-        window = window_s(trials, table.seconds.get("dense"), windows["fitness"])
-        search = plan.config.search
-        candidates = search.finalists + RIVAL_KINDS
         settings = max(len(found) for found in plan.problem.space.choices.values())
+        search = plan.config.search
+        return cls.estimate(search, windows, settings, table, trials, export=export)
+
+    @classmethod
+    def estimate(
+        cls,
+        search: SearchConfig,
+        windows: Mapping[str, int],
+        settings: int,
+        table: Timetable,
+        trials: Sequence[Trial],
+        *,
+        export: bool,
+    ) -> "Reserve":
+        """Estimate from plain numbers.
+
+        Args:
+            search: How finalists are chosen and refined.
+            windows: Of every split.
+            settings: Actions of a site, whose variants were made together.
+            table: What parts of the run have taken.
+            trials: Those so far.
+            export: Whether the winner will be exported.
+        """
+        window = window_s(trials, table.seconds.get("dense"), windows["fitness"])
+        candidates = search.finalists + RIVAL_KINDS
         solve = PASSES_OF_SOLVING * windows["statistics"] * window
         solve += table.seconds.get("variants", 0.0) / settings
         measured = windows["choice"] * window
         mix = PASSES_OF_MIXING * windows["fitness"] * window + measured
-        asked = search.refine
-        written = table.seconds.get("preflight", START_S)
-        fresh = START_S + written + 3 * windows["report"] * window
+        asked, start = search.refine, table.clock.real(START_S)
+        written = table.seconds.get("preflight", start)
+        fresh = start + written + 3 * windows["report"] * window
         return cls(
             rank=MARGIN * (candidates + 1.5) * measured,
             solve=MARGIN * (solve + measured) if asked != "none" else 0.0,

@@ -45,9 +45,8 @@ def solved_rivals(
     """Solve for the rivals of a plan that need no search, all within its budgets.
 
     Where the plan asks for a sensitivity of ``GRADIENTS``, every rival is solved for by
-    each of them, the plan's own first: which one is better differs from space to space
-    and from budget to budget, a trial tells, and the search starts from the better one.
-    A policy that two of them lead to is given once.
+    each of them, the plan's own first: a trial tells which one is better here, and the
+    search starts from there. A policy that both lead to is given once.
 
     ``quantization`` and ``pruning`` are left out where choices are of one sort, and
     where nothing of theirs is that small. Without budgets the best policy is dense, so

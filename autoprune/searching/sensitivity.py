@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from autoprune.compression.bank import VariantBank
 from autoprune.errors import ConfigError, unknown_name
-from autoprune.evaluation.fisher import score_rows, token_squares
+from autoprune.evaluation.fisher import output_squares, score_rows
 from autoprune.evaluation.sensitivity import output_errors, replacement_costs
 from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Action, Layer, Policy, Site, digest
@@ -20,12 +20,12 @@ from autoprune.searching.space import SearchSpace
 
 log = logging.getLogger(__name__)
 
-KINDS = ("error", "fisher", "tokens", "measured")
-"""From the Hessian, from gradients of the dense model by windows and by tokens, by an
-evaluation each."""
+KINDS = ("error", "fisher", "outputs", "blend", "measured")
+"""From the Hessian, from gradients of the dense model by windows, by single outputs and
+by both, by an evaluation each."""
 
-GRADIENTS = ("fisher", "tokens")
-"""Those from gradients of the dense model: each is the better one somewhere."""
+GRADIENTS = ("fisher", "blend")
+"""Those from gradients of the dense model that allocations are solved by."""
 
 FORMAT = 1
 """Raised when one of the kinds is computed in another way."""
@@ -82,7 +82,7 @@ class Sensitivities:
         bank: Whose variants.
         space: What may be chosen.
         split: Where gradients and evaluations are taken.
-        windows: How many windows of it; at most all. ``tokens`` has more of them, and
+        windows: How many windows of it; at most all. ``outputs`` has more of them, and
             fewer draws in all.
         draws: How often labels are drawn for a window's gradient.
         base: The policy in which ``measured`` replaces a choice; None for dense.
@@ -104,8 +104,9 @@ class Sensitivities:
         Args:
             kind: ``error``: relative output error, summed over a site's layers;
                 ``fisher``: second-order KL from gradients of the dense model;
-                ``tokens``: the same without what changes at different positions do to
+                ``outputs``: the same without what changes of different outputs do to
                 each other, which is biased and far less noisy;
+                ``blend``: the geometric mean of these two, whose faults differ;
                 ``measured``: growth of the KL when that choice alone is made.
 
         Raises:
@@ -116,9 +117,11 @@ class Sensitivities:
             raise ConfigError(unknown_name("kind of sensitivity", kind, KINDS))
         if kind == "fisher":
             return self.fisher_rows().costs()
+        if kind == "blend":
+            return np.sqrt(self.costs("fisher") * self.costs("outputs"))
         table = {
             "error": self._errors,
-            "tokens": self._tokens,
+            "outputs": self._outputs,
             "measured": self._measured,
         }[kind]()
         costs = np.full((len(self.space.sites), self._width), np.inf)
@@ -156,7 +159,7 @@ class Sensitivities:
             "error", file, lambda wanted: output_errors(self.bank, wanted)
         )
 
-    def _tokens(self) -> dict[tuple[Site, Action], float]:
+    def _outputs(self) -> dict[tuple[Site, Action], float]:
         # Half of ``fisher``'s draws, which cost twice as much here: of as much text as
         # there is, since more of it tells more than more labels for the same.
         passes = max(1, self.windows * self.draws // 2)
@@ -165,10 +168,10 @@ class Sensitivities:
 
         def measure(wanted: dict[Layer, list[Action]]) -> Mapping[Layer, Any]:
             teacher = self.bench.teacher(self.split)
-            return token_squares(self.bank, teacher, wanted, seen, draws=draws)
+            return output_squares(self.bank, teacher, wanted, seen, draws=draws)
 
-        file = self._file("tokens", self._text(seen), draws)
-        return self._summed("tokens", file, measure)
+        file = self._file("outputs", self._text(seen), draws)
+        return self._summed("outputs", file, measure)
 
     def _summed(
         self, kind: str, file: Entries, measure: Any

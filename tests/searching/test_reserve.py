@@ -1,0 +1,67 @@
+import pytest
+
+from autoprune.policy import Policy
+from autoprune.search_config import SearchConfig
+from autoprune.searching.clock import Clock, FastClock, Timetable
+from autoprune.searching.reserve import MARGIN, Reserve, window_s
+from autoprune.searching.rows import Trial
+
+WINDOWS = {"statistics": 32, "fitness": 4, "choice": 8, "report": 16}
+
+
+def trial(number, seconds, windows):
+    return Trial(
+        number,
+        "complete",
+        "test",
+        Policy({}),
+        {},
+        0,
+        "",
+        "",
+        timings={"evaluate_s": seconds, "propose_s": 99.0},
+        windows=(1.0,) * windows,
+    )
+
+
+def estimate(seconds, *, refine="mix", export=True, clock=None):
+    search = SearchConfig(trials=1, refine=refine, finalists=4)
+    table = Timetable(clock or Clock(), None, 0.0, dict(seconds))
+    trials = [trial(0, 4.0, 4)]  # a second a window
+    return Reserve.estimate(search, WINDOWS, 3, table, trials, export=export)
+
+
+def test_window_costs_what_the_last_trials_say():
+    slow = [trial(n, 100.0, 4) for n in range(30)]
+    quick = [trial(30 + n, 2.0, 4) for n in range(20)]
+    assert window_s(slow + quick, 50.0, 4) == 0.5
+    assert window_s([trial(0, 2.0, 4), trial(1, 9.0, 0)], None, 4) == 0.5
+
+
+def test_window_costs_what_the_dense_model_says_before_the_first_trial():
+    assert window_s([], 6.0, 4) == 1.5
+    assert window_s([], None, 4) == 0.0
+
+
+def test_parts_by_hand():
+    found = estimate({"variants": 60.0, "preflight": 5.0})
+    assert found.rank == pytest.approx(MARGIN * (4 + 5 + 1.5) * 8)
+    assert found.solve == pytest.approx(MARGIN * (3 * 32 + 60 / 3 + 8))
+    assert found.mix == pytest.approx(MARGIN * (4 * 4 + 8))
+    assert found.report == pytest.approx(MARGIN * (5 + 2.5) * 16)
+    assert found.export == pytest.approx(MARGIN * (5 + 12 + 5 + 3 * 16))
+    whole = found.rank + 2 * (found.solve + found.mix) + found.report + found.export
+    assert found.total == pytest.approx(whole)
+    assert found.closing == found.report + found.export
+
+
+@pytest.mark.parametrize(("refine", "zero"), [("solve", 1), ("none", 2)])
+def test_what_is_not_asked_for_takes_no_time(refine, zero):
+    found = estimate({}, refine=refine, export=False)
+    assert [found.solve, found.mix].count(0.0) == zero
+    assert found.export == 0.0
+
+
+def test_fresh_process_takes_real_seconds_by_any_clock():
+    quick = estimate({}, clock=FastClock(100.0))
+    assert quick.export == pytest.approx(MARGIN * (2 * 1200 + 1200 + 3 * 16))
