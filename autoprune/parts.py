@@ -16,6 +16,7 @@ from autoprune.searching.finals import best_so_far
 from autoprune.searching.frozen import FrozenProblem
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
+from autoprune.searching.preparing import make_together
 from autoprune.searching.reserve import Reserve
 from autoprune.searching.rivals import as_random_rival, random_rival, solved_rivals
 from autoprune.searching.rows import Trial
@@ -100,6 +101,7 @@ def search_part(part: Part, around: Surroundings) -> Reason:
     """Make the variants of a part's plan and search among them; tell why it ended."""
     plan, ledger, observer = part.plan, part.ledger, around.observer
     table, first = around.table, not part.place
+    around.crew.enter(plan)
     _make_variants(plan, around)
     if first and not ledger.trials():
         observer.stage("exporting the smallest policy, to be sure")
@@ -118,7 +120,6 @@ def search_part(part: Part, around: Surroundings) -> Reason:
     trials = ledger.trials()
     observer.aim(plan.objective.goals, trials)
     observer.stage(SEARCHING)
-    around.crew.enter(plan)
     config = plan.config.search
     ended = run_study(
         plan.problem,
@@ -147,14 +148,23 @@ def search_part(part: Part, around: Surroundings) -> Reason:
 
 
 def _make_variants(plan: Plan, around: Surroundings) -> None:
-    around.observer.stage("making variants")
-    start = time.monotonic()
-    missing = len(plan.bank.missing(plan.pairs))
+    """Make what is missing: here, or by the crew, each worker some blocks."""
+    observer, crew = around.observer, around.crew
+    observer.stage("making variants")
+    start, missing = time.monotonic(), len(plan.bank.missing(plan.pairs))
+
+    def tell() -> None:
+        left = len(plan.bank.missing(plan.pairs))
+        observer.advance(missing - left, missing)
+
     with around.table.timing("variants" if missing else "variants_found"):
-        made = plan.bank.make(plan.pairs, around.observer.advance)
+        if crew.size > 1 and missing:
+            made = make_together(crew, tell)
+        else:
+            made = plan.bank.make(plan.pairs, observer.advance)
     if plan.filtered is not None and made:
         saved = plan.filtered.saved_seconds((time.monotonic() - start) / made)
-        around.observer.note(
+        observer.note(
             f"{plan.filtered.variants} variants left out: {saved:.0f} s saved; by the "
             f"cheap scores the best policy is {plan.filtered.foreseen:.1%} worse for it"
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import Tensor
 
@@ -11,9 +11,11 @@ from autoprune.compression.apply import StitchedModel
 from autoprune.compression.gradients import VERSION as GRADIENTS_VERSION
 from autoprune.compression.gradients import Needs, measure_gradients
 from autoprune.compression.needs import Pairs, gradient_needs
+from autoprune.compression.shares import ALL, Share
 from autoprune.compression.store import VariantStore
-from autoprune.compression.streaming import Progress, StreamingPass, VariantMaker
+from autoprune.compression.streaming import Progress, StreamingPass
 from autoprune.compression.variant import Variant
+from autoprune.compression.variant_maker import VariantMaker
 from autoprune.models.blocks import BlockRunner
 from autoprune.models.gradients import GRADIENTS, TaskLoss
 from autoprune.models.layers import Inventory
@@ -82,7 +84,7 @@ class VariantBank:
         """Give a variant, making it if it is absent or was damaged; see ``make``."""
         if not action.steps:
             return Variant.dense(self.stitched.dense_weight(layer))
-        variant = self.store.get(self.key(layer, action))
+        variant = self._stored(layer, action)
         if variant is None:  # absent; a damaged file has been removed by the store
             self.make([(layer, action)])
             variant = self._maker().made(layer, action)
@@ -103,19 +105,28 @@ class VariantBank:
         if not action.steps:
             return self.stitched.dense_weight(layer)
         key = self.key(layer, action)
-        return self.store.memory.get(key, lambda: self.get(layer, action).weight)
+        return self.store.memory.get(
+            key, lambda: self.get(layer, action).weight, self.stitched.dtype
+        )
 
     def missing(self, wanted: Pairs) -> list[tuple[Layer, Action]]:
         """Tell which variants are not in the store."""
         pairs = dict.fromkeys((la, action) for la, action in wanted if action.steps)
         return [pair for pair in pairs if self.key(*pair) not in self.store]
 
-    def make(self, wanted: Pairs, progress: Progress | None = None) -> int:
+    def make(
+        self,
+        wanted: Pairs,
+        progress: Progress | None = None,
+        share: Share = ALL,
+    ) -> int:
         """Make the variants that are missing, in one streaming pass over the blocks.
 
         Args:
             wanted: Layers with their actions.
             progress: Called with the blocks done and the blocks to do.
+            share: The blocks of this process, where others make the rest at the same
+                time, into the same store.
 
         Returns:
             How many variants were made.
@@ -125,6 +136,9 @@ class VariantBank:
             PluginError: If a method breaks, or gives other than what it declares.
             StoreError: If variants cannot be written.
         """
+        if not share.alone:  # others wait for what the reference needs
+            wanted = [*wanted, *self.reference.items()]
+            wanted = [pair for pair in wanted if share.has(pair[0].block)]
         missing = self.missing(wanted)
         for pair in missing:
             self.actions.storage(*pair)  # refusals speak before anything is computed
@@ -141,8 +155,12 @@ class VariantBank:
             maker = self._maker(steep)
             maker.make_each(plain)
             if streamed:
-                self._streaming(maker).run(streamed, progress)
+                self._streaming(maker, share).run(streamed, progress)
         return len(missing)
+
+    def _stored(self, layer: Layer, action: Action) -> Variant | None:
+        dense = partial(self.stitched.dense_weight, layer)
+        return self.store.get(self.key(layer, action), dense)
 
     def _maker(self, steep: Needs | None = None) -> VariantMaker:
         """Give what makes variants, with the gradients that it will need."""
@@ -154,12 +172,12 @@ class VariantBank:
             stitched, inventory, self.actions, self.store, self.key, gradients
         )
 
-    def _streaming(self, maker: VariantMaker) -> StreamingPass:
+    def _streaming(self, maker: VariantMaker, share: Share) -> StreamingPass:
         """Give a pass over the blocks, on the inputs that the reference leaves."""
         runner = BlockRunner(
             self.stitched.model, self.inventory, self.tokens.ids, batch=self.batch
         )
-        return StreamingPass(maker, runner, self.reference)
+        return StreamingPass(maker, runner, self.reference, share)
 
     def _lost_references(self, streamed: Pairs) -> list[tuple[Layer, Action]]:
         """Name what a pass makes on its way: what the reference has lost."""
@@ -168,7 +186,7 @@ class VariantBank:
             for layer, action in self.reference.items()
             if streamed and self.actions.needs(action) & GRADIENTS
         ]
-        return [pair for pair in steep if self.store.get(self.key(*pair)) is None]
+        return [pair for pair in steep if self._stored(*pair) is None]
 
     def _is_streamed(self, action: Action) -> bool:
         inputs = self.actions.needs(action) - GRADIENTS

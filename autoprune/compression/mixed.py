@@ -7,6 +7,7 @@ from typing import Self
 
 from autoprune.compression.bank import VariantBank
 from autoprune.compression.needs import Pairs
+from autoprune.compression.shares import ALL, Share
 from autoprune.compression.streaming import Progress
 from autoprune.compression.variant import Variant
 from autoprune.policy import Action, Layer, digest
@@ -54,13 +55,18 @@ class MixedBank(VariantBank):
             self.weight(layer, action)
         return super().put(wanted)
 
-    def make(self, wanted: Pairs, progress: Progress | None = None) -> int:
+    def make(
+        self,
+        wanted: Pairs,
+        progress: Progress | None = None,
+        share: Share = ALL,
+    ) -> int:
         """Make what is missing in each bank, in a pass of its own."""
-        pairs = list(wanted)
-        return sum(
-            bank.make([pair for pair in pairs if self._of(pair[0]) is bank], progress)
-            for bank in (self.own, self.other)
-        )
+        pairs, made = list(wanted), 0
+        for bank in (self.own, self.other):
+            its = [pair for pair in pairs if self._of(pair[0]) is bank]
+            made += bank.make(its, progress, share)
+        return made
 
     def _of(self, layer: Layer) -> VariantBank:
         return self.other if layer in self.taken else self.own

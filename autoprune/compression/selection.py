@@ -13,7 +13,7 @@ def take(full: Tensor, mask: Bool[Tensor, "out in"] | None) -> Tensor:
     """Take what is kept, row by row. Numpy has ten times torch's speed on a CPU."""
     if mask is None:
         return full.contiguous()
-    bits, kept = _as_integers(full).ravel(), np.flatnonzero(mask.numpy())
+    bits, kept = as_integers(full).ravel(), np.flatnonzero(mask.numpy())
     return torch.from_numpy(bits[kept]).view(full.dtype)
 
 
@@ -23,7 +23,7 @@ def scatter(
     """Put what is kept in its place, zeros elsewhere; undoes ``take``."""
     if mask is None:
         return kept.view(shape)
-    bits = _as_integers(kept)
+    bits = as_integers(kept)
     full = np.zeros(shape[0] * shape[1], dtype=bits.dtype)
     full[np.flatnonzero(mask.numpy())] = bits
     return torch.from_numpy(full).view(kept.dtype).view(shape)
@@ -43,7 +43,7 @@ def out_of_order(
     return full if order is None else full[:, order.argsort()]
 
 
-def _as_integers(tensor: Tensor) -> np.ndarray:
+def as_integers(tensor: Tensor) -> np.ndarray:
     """View numbers as integers of the same width: numpy has no bfloat16."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     view: np.ndarray = tensor.contiguous().view(integers[tensor.itemsize]).numpy()

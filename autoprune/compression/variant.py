@@ -244,7 +244,7 @@ class Variant:
 
     @classmethod
     def unpack(cls, storage: Storage, parts: Mapping[str, Tensor]) -> Self:
-        """Read a variant from its stored tensors."""
+        """Read a variant from its stored tensors; see ``derived`` for one they lack."""
         dtype = getattr(torch, storage.dtype)
         variant = cls(storage, bias=parts.get("added_bias"))
         if storage.low_rank is not None:
@@ -254,11 +254,11 @@ class Variant:
             return variant
         mask = unpack_mask(parts["mask"], storage) if storage.mask else None
         order = parts["order"].long() if storage.permuted else None
-        if storage.bits is None:
-            taken = parts["values"].view(dtype)
-        else:
-            taken = unpack_bits(parts["codes"], storage.bits, storage.kept)
-        full = out_of_order(scatter(taken, mask, storage.shape), order)
+        full = parts.get("values" if storage.bits is None else "codes")
+        if full is not None:
+            bits, kept = storage.bits, storage.kept
+            taken = unpack_bits(full, bits, kept) if bits else full.view(dtype)
+            full = out_of_order(scatter(taken, mask, storage.shape), order)
         mask = None if mask is None else out_of_order(mask, order)
         variant = replace(variant, mask=mask, order=order)
         if storage.bits is None:

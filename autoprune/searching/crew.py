@@ -7,15 +7,23 @@ A job is plain data, so that it reaches a worker anywhere; what a worker needs b
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from autoprune.compression.shares import Share
 from autoprune.policy import Policy
+from autoprune.searching.ends import Reason
 from autoprune.searching.plan import Plan
 from autoprune.searching.trial import Evaluator
+
+if TYPE_CHECKING:
+    from autoprune.searching.driving import Search
 
 
 class Job(ABC):
     """Something that an evaluator does, as plain data."""
+
+    timed: ClassVar[bool] = True
+    """Whether who takes much longer than others counts as hanging."""
 
     @abstractmethod
     def run(self, evaluator: Evaluator) -> Any:
@@ -58,6 +66,18 @@ class TakeSlopes(Job):
             beside=self.beside,
             part=self.part,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class MakeVariants(Job):
+    """Make the variants of some blocks; see ``Evaluator.make``."""
+
+    share: Share
+    timed: ClassVar[bool] = False
+
+    def run(self, evaluator: Evaluator) -> Any:
+        """Tell how many were made."""
+        return evaluator.make(self.share)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +127,10 @@ class Crew(ABC):
         Raises:
             RunError: If workers cannot be had.
         """
+
+    def drive(self, search: "Search") -> Reason:
+        """Have a search done to its end; tell why it ended."""
+        return search.run()
 
     def close(self) -> None:  # noqa: B027 not every crew has something to end
         """End the workers. Doing so twice does no harm."""

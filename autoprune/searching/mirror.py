@@ -98,6 +98,8 @@ class Mirror:
 
     def close(self, timeout: float = CLOSING_S) -> None:
         """Copy what is missing, for so many seconds at most, and end."""
+        if self._thread.ident is None:
+            return  # never started
         self._closing.set()
         self._news.set()
         self._thread.join(timeout)

@@ -15,7 +15,14 @@ from autoprune.searching.addresses import Address, parse_url
 from autoprune.searching.database import Database, Found, holder_text, myself
 from autoprune.searching.ledger_tables import Tables
 from autoprune.searching.refusals import advice, is_lost, is_passing, reason
-from autoprune.searching.sessions import check_run, engine_of, make_tables, take_lock
+from autoprune.searching.sessions import (
+    WAIT_S,
+    check_run,
+    engine_of,
+    make_tables,
+    take_lock,
+    watched,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +33,9 @@ FIRST_PAUSE_S = 0.1
 """Pause between the first two tries; the next are twice as long each."""
 
 LONGEST_PAUSE_S = 5.0
+
+READING_S = 600.0
+"""How long a reader waits for rows; a writer waits for as long as it has patience."""
 
 
 class Postgres(Database):
@@ -142,13 +152,14 @@ class Postgres(Database):
 
     def _once(self, work: Callable[[Connection, bool], Found], *, again: bool) -> Found:
         connection = self._connection or self._connect_again()
-        with connection.begin():
+        limit = self._patience if self._writer else READING_S
+        with watched(connection, limit), connection.begin():
             return work(connection, again)
 
     def _connect_again(self) -> Connection:
         """Open a session in place of a lost one; keep it only once it has the lock."""
         connection = self._engine.connect()
-        with ExitStack() as undo:
+        with ExitStack() as undo, watched(connection, max(self._patience, WAIT_S)):
             undo.callback(_discard, connection)
             if self._writer:
                 self._lock(connection)

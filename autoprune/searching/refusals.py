@@ -36,6 +36,8 @@ _BY_TEXT = (
 )
 """Errors before there is a session have no state, only text."""
 
+_OTHERWISE = "What was written before is kept; the server's log may say more."
+
 _UNREACHED = (
     "See that the server is up, and host and port in the URL; then run the same "
     "command again."
@@ -60,8 +62,8 @@ def is_passing(error: DBAPIError) -> bool:
 def advice(error: DBAPIError) -> str:
     """Say what to do about an error."""
     state, said = state_of(error), _one_line(error.orig)
-    if state in _BY_STATE:
-        return _BY_STATE[state]
+    if state:
+        return _BY_STATE.get(state, _OTHERWISE)
     for parts, told in _BY_TEXT:
         if any(part in said for part in parts):
             return told

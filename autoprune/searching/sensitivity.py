@@ -118,7 +118,9 @@ class Sensitivities:
         if kind == "fisher":
             return self.fisher_rows().costs()
         if kind == "blend":
-            return np.sqrt(self.costs("fisher") * self.costs("outputs"))
+            product = self.costs("fisher") * self.costs("outputs")
+            blend: Float[np.ndarray, "sites choices"] = np.sqrt(product)
+            return blend
         table = {
             "error": self._errors,
             "outputs": self._outputs,

@@ -1,7 +1,13 @@
 """Sessions of PostgreSQL: how they are opened, and the lock that one of them holds."""
 
 import hashlib
+import os
+import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from sqlalchemy import (
     URL,
@@ -65,6 +71,33 @@ def engine_of(url: URL, name: str) -> Engine:
             f"a ledger in PostgreSQL needs the driver psycopg: {error}. Install it: "
             "pip install 'autoprune[postgres]'"
         ) from error
+
+
+@contextmanager
+def watched(connection: Connection, limit: float) -> Iterator[None]:
+    """Break a session off whose server holds the line and does not answer.
+
+    The driver itself would wait for ever.
+
+    Args:
+        connection: The session.
+        limit: Seconds that all within may take.
+    """
+    driver: Any = connection.connection.driver_connection
+    with socket.socket(fileno=os.dup(driver.fileno())) as line:
+        timer = threading.Timer(limit, _hang_up, (line,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()  # the line is another's once it is closed
+
+
+def _hang_up(line: socket.socket) -> None:
+    with suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def take_lock(connection: Connection, what: str, name: str) -> bool:

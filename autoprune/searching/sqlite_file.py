@@ -123,20 +123,17 @@ class SqliteFile(Database):
             self._lock.release()
 
     def _make_tables(self) -> None:
-        version = _number(self._raw, "PRAGMA user_version")
-
-        def work(connection: Connection, again: bool) -> None:
+        """Make the tables of a new file, or those of an older one today's."""
+        carry_out = self._connection.exec_driver_sql
+        with self._connection.begin():
             if not _number(self._raw, "SELECT count(*) FROM sqlite_master"):
-                self.tables.metadata.create_all(connection, self.tables.all())
+                self.tables.metadata.create_all(self._connection, self.tables.all())
             else:
-                for older in range(version, SCHEMA):
-                    connection.exec_driver_sql(MIGRATIONS[older])
-            connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION}")
-            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA}")
-            self.set_meta(connection, "holder", myself())
-
-        with _told(self.path, writing=True), self._connection.begin():
-            work(self._connection, False)
+                for older in range(_number(self._raw, "PRAGMA user_version"), SCHEMA):
+                    carry_out(MIGRATIONS[older])
+            carry_out(f"PRAGMA application_id = {APPLICATION}")
+            carry_out(f"PRAGMA user_version = {SCHEMA}")
+            self.set_meta(self._connection, "holder", myself())
 
 
 def _check_there(path: Path) -> None:

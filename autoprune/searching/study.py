@@ -1,38 +1,22 @@
-"""The search itself: gives out trials to a crew, and takes in what came of them."""
+"""The search itself, from a problem and a crew to rows in the ledger."""
 
-import logging
-import math
-from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from autoprune.errors import RunError
-from autoprune.searching.asking import Asked, Asking
-from autoprune.searching.crew import Crew, LocalCrew, Outcome, TakeSlopes
+from autoprune.searching.crew import Crew, LocalCrew
+from autoprune.searching.driving import DEATHS, TRIES, Search
 from autoprune.searching.ends import Ends, Reason
-from autoprune.searching.judge import Judge
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Objective
 from autoprune.searching.problem import Problem, Proposal
 from autoprune.searching.rows import Trial
 from autoprune.searching.rungs import Pruner
-from autoprune.searching.strategies import Brief, ExhaustedError, SamplerFactory
-from autoprune.searching.survey import Survey
-from autoprune.searching.trial import Evaluator, Score
-from autoprune.searching.underway import Underway
+from autoprune.searching.strategies import Brief, SamplerFactory
+from autoprune.searching.trial import Evaluator
 
-log = logging.getLogger(__name__)
-
-TRIES = 3
-"""How often a trial is begun whose driver died in the middle of it."""
-
-DEATHS = 2
-"""Workers that a policy may kill; a third one it does not get."""
-
-POLL_S = 0.5
-"""Seconds after which the driver looks up while workers work: is it to stop?"""
+__all__ = ["DEATHS", "TRIES", "run_study"]
 
 
 def run_study(
@@ -88,187 +72,6 @@ def run_study(
         rungs=rungs,
     )
     crew = crew if isinstance(crew, Crew) else LocalCrew(crew)
-    search = _Search(brief, objective, ledger, sampler, crew, pruner, ends)
-    return search.run(problem.admitted(proposals), on_trial or (lambda trial: None))
-
-
-class _Search:
-    """A search that goes on, between the ledger and a crew."""
-
-    def __init__(
-        self,
-        brief: Brief,
-        objective: Objective,
-        ledger: Ledger,
-        factory: SamplerFactory,
-        crew: Crew,
-        pruner: Pruner,
-        ends: Ends,
-    ) -> None:
-        self._trials = list(brief.history)
-        self._latest = self._trials[-1] if self._trials else None
-        self._objective = objective
-        self._crew = crew
-        self._ends = ends
-        self._now = ends.clock.now
-        self._survey = Survey(ledger, factory, crew.size)
-        self._judge = Judge(objective, brief.rungs, pruner, self._trials)
-        slopes = self._survey.slopes
-        self._asking = Asking(brief, objective, ledger, factory, pruner, slopes)
-        self._busy: dict[int, Underway | tuple[TakeSlopes, float]] = {}
-        self._again: list[Underway] = []
-        self._walls: list[float] = []
-        self._slopes_s = 0.0
-        self._cleared = -1
-        self._queue: list[Proposal] = []
-
-    def run(
-        self, proposals: Sequence[Proposal], on_trial: Callable[[Trial], None]
-    ) -> Reason:
-        """Search until there is a reason to end, and nothing is underway."""
-        self._queue = list(proposals)
-        for finished in self._take_up(self._asking.orphans):
-            on_trial(finished)
-        while True:
-            ended = self._give_out()
-            if ended and not self._busy:
-                return ended
-            for outcome in self._crew.wait(POLL_S):
-                if ended_trial := self._hear(outcome):
-                    on_trial(ended_trial)
-                    self._judge.raise_if_failing()
-
-    def _take_up(self, orphans: Sequence[Asked]) -> Iterator[Trial]:
-        """Have trials done again whose driver died; fail those that seem to kill it."""
-        for asked in orphans:
-            one = Underway(asked, self._judge, self._now)
-            if asked.row.attempts < TRIES:
-                self._again.append(one)
-                continue
-            error = RunError(f"the search died each of the {TRIES} times that it ran")
-            yield self._finish(one, error=error)
-
-    def _give_out(self) -> Reason | None:
-        """Give idle workers something to do, until there is a reason not to."""
-        for worker in self._crew.idle():
-            if ended := self._begin(worker):
-                return ended
-        return None
-
-    def _begin(self, worker: int) -> Reason | None:
-        """Give a worker something to do, if there is; tell why no more is begun."""
-        begun, waiting = self._begun(), bool(self._again)
-        if waiting or begun != self._cleared:  # asked once for each trial
-            if ended := self._ends.reason(begun, self._mean_s(), waiting=waiting):
-                return ended
-            self._cleared = begun
-        if self._again:
-            self._start(worker, self._once_more(self._again.pop(0)))
-            return None
-        proposal = self._next_proposal()
-        if proposal is None:
-            best = self._judge.incumbent
-            refused = best is not self._latest
-            self._survey.want(best, refused=refused, asked=begun)
-            if job := self._survey.next_job():
-                self._busy[worker] = (job, self._now())
-                self._crew.submit(worker, job)
-            if self._survey.busy:
-                return None
-        return self._ask(worker, proposal)
-
-    def _ask(self, worker: int, proposal: Proposal | None) -> Reason | None:
-        """Ask for a trial, and give it to a worker."""
-        began = self._now()
-        try:
-            asked = self._asking.ask(proposal)
-        except ExhaustedError as error:
-            if self._busy:
-                return None  # what is underway may lead on
-            log.info("the search ends: %s", error)
-            return "exhausted"
-        one = Underway(asked, self._judge, self._now)
-        one.timings["slopes_s"], self._slopes_s = self._slopes_s, 0.0
-        one.timings["propose_s"] = self._now() - began
-        self._start(worker, one)
-        return None
-
-    def _next_proposal(self) -> Proposal | None:
-        while self._queue:
-            proposal = self._queue.pop(0)
-            if not self._asking.knows(proposal[1]):
-                return proposal
-        return None
-
-    def _once_more(self, one: Underway) -> Underway:
-        """Write that a trial is begun again that was cut short."""
-        one.asked = self._asking.again(one.asked)
-        return one
-
-    def _start(self, worker: int, one: Underway) -> None:
-        self._busy[worker] = one
-        self._crew.submit(worker, one.begin())
-
-    def _hear(self, outcome: Outcome) -> Trial | None:
-        """Take in what came of a job; give the trial if it has ended by it."""
-        work = self._busy.pop(outcome.worker)
-        if isinstance(work, Underway):
-            return self._advance(work, outcome)
-        job, began = work
-        if outcome.error is not None:
-            raise outcome.error
-        if outcome.lost:
-            log.warning("a worker was lost while it took slopes: %s", outcome.lost)
-            self._survey.give_back(job)
-        else:
-            self._slopes_s += self._now() - began
-            self._survey.hear(job, outcome.result)
-        return None
-
-    def _advance(self, one: Underway, outcome: Outcome) -> Trial | None:
-        """Go on with a trial: measure it further, or end it."""
-        if outcome.lost:
-            one.lose()
-            log.warning("trial %d lost its worker: %s", one.number, outcome.lost)
-            if one.deaths < DEATHS:
-                self._again.append(one)
-                return None
-            lost = RunError(f"it cost {DEATHS} workers; the last: {outcome.lost}")
-            return self._finish(one, error=lost)
-        if outcome.error is not None:
-            return self._finish(one, error=outcome.error)
-        try:
-            found = one.go_on(outcome.result)
-        except Exception as error:
-            return self._finish(one, error=error)
-        if isinstance(found, tuple):
-            return self._finish(one, *found)
-        self._busy[outcome.worker] = one
-        self._crew.submit(outcome.worker, found)
-        return None
-
-    def _finish(
-        self,
-        one: Underway,
-        score: Score | None = None,
-        whole: bool = False,
-        *,
-        error: Exception | None = None,
-    ) -> Trial:
-        """End a trial: have it on disk before the study learns of it."""
-        self._judge.hear(one.number, error)
-        row = one.row(self._objective, score or Score({}), whole=whole, error=error)
-        trial = self._asking.tell(one.asked, row)
-        insort(self._trials, trial, key=lambda trial: trial.number)
-        self._latest = trial
-        self._judge.consider(trial)
-        self._walls.append(one.seconds)
-        return trial
-
-    def _begun(self) -> int:
-        return len(self._trials) + self._asking.underway
-
-    def _mean_s(self) -> float:
-        """Give the mean time of a trial: of this run, else of those before it."""
-        walls = self._walls or [sum(trial.timings.values()) for trial in self._trials]
-        return math.fsum(walls) / len(walls) if walls else 0.0
+    search = Search(brief, objective, ledger, sampler, crew, pruner, ends)
+    search.start(problem.admitted(proposals), on_trial or (lambda trial: None))
+    return crew.drive(search)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from autoprune.compression.bank import VariantBank
+from autoprune.compression.shares import Share
 from autoprune.evaluation.quality import Quality
 from autoprune.evaluation.reward import Reward
 from autoprune.evaluation.slopes import measure_slopes
@@ -83,6 +84,10 @@ class Evaluator(ABC):
                 take the rest.
         """
 
+    def make(self, share: Share) -> int:
+        """Make a share of the variants that may be asked for; tell how many it was."""
+        return 0
+
 
 class LocalEvaluator(Evaluator):
     """Measures in this process, with one bank, each window of a policy once.
@@ -143,6 +148,17 @@ class LocalEvaluator(Evaluator):
             return Score(metrics)
         self._memory[policy.fingerprint] = measured.quality
         return Score(metrics, tuple(measured.quality.kl.double().tolist()))
+
+    def make(self, share: Share) -> int:
+        """Make a share of the variants of the space."""
+        choices = self.space.choices
+        pairs = [
+            (layer, action)
+            for site in self.space.sites
+            for action in choices[site.name]
+            for layer in site.layers
+        ]
+        return self.bank.make(pairs, share=share)
 
     def slopes(
         self,

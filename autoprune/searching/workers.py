@@ -164,7 +164,8 @@ class ProcessCrew(Crew):
             worker.ready, self._deaths[number] = True, 0
             return None
         assert isinstance(message, Done)
-        self._longest = max(self._longest, time.monotonic() - worker.since)
+        if worker.job and worker.job.timed:
+            self._longest = max(self._longest, time.monotonic() - worker.since)
         worker.job = None
         return Outcome(number, message.result, message.error)
 
@@ -190,7 +191,7 @@ class ProcessCrew(Crew):
 
     def _time_left(self) -> float:
         """Tell how long it is until a job passes its limit."""
-        since = [one.since for one in self._workers if one.job]
+        since = [one.since for one in self._workers if one.job and one.job.timed]
         if not since:
             return float("inf")
         return max(0.0, min(since) + self._limit() - time.monotonic())
@@ -198,7 +199,9 @@ class ProcessCrew(Crew):
     def _hanging(self) -> list[int]:
         late = time.monotonic() - self._limit()
         return [
-            n for n, one in enumerate(self._workers) if one.job and one.since <= late
+            number
+            for number, one in enumerate(self._workers)
+            if one.job and one.job.timed and one.since <= late
         ]
 
     def _stop_hanging(self, number: int) -> Outcome | None:
