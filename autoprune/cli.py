@@ -5,7 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from autoprune import export_commands, latency_commands, plugin_commands
+from autoprune import (
+    export_commands,
+    latency_commands,
+    planning_commands,
+    plugin_commands,
+)
 from autoprune.commands import (
     configure,
     new_folder,
@@ -90,6 +95,12 @@ def search(
     seed: Annotated[int | None, typer.Option(min=0, help="Of all chance.")] = None,
     text: Text = None,
     workers: Workers = None,
+    ledger: Annotated[
+        str | None, typer.Option(metavar="URL", help="PostgreSQL, for the rows.")
+    ] = None,
+    mirror: Annotated[
+        str | None, typer.Option(metavar="URL", help="Show it in an Optuna storage.")
+    ] = None,
     export: Annotated[
         bool, typer.Option(help="Export the winner at the end, verified.")
     ] = True,
@@ -113,6 +124,8 @@ def search(
             search__sampler=sampler,
             search__seed=seed,
             workers__count=workers,
+            ledger=ledger,
+            mirror=mirror,
             **within_time(latency or (), device),
         )
         folder = new_folder(run, space)
@@ -243,3 +256,4 @@ def demo(
 export_commands.register(app)
 plugin_commands.register(app)
 latency_commands.register(app)
+planning_commands.register(app)

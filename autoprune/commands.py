@@ -88,6 +88,7 @@ def new_folder(run: Path | None, space: str) -> Path:
 def run_folder(run: Path) -> Path:
     """Find a run folder by its path, or by its name among the runs."""
     from autoprune.run import RUNS
+    from autoprune.searching.opening import has_rows
 
-    named = not (run / "ledger.sqlite").exists() and (RUNS / run).is_dir()
+    named = not has_rows(run) and (RUNS / run).is_dir()
     return RUNS / run if named else run

@@ -138,6 +138,8 @@ class RunConfig(Part):
     latency: LatencyConfig | None = None
     search: SearchConfig
     workers: WorkersConfig = WorkersConfig()
+    ledger: str | None = None
+    mirror: str | None = None
     export: str = "packed"
     tensor_parallel: int = Field(1, ge=1)
     plugins: list[str] = []

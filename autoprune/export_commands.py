@@ -66,7 +66,9 @@ def verify(
 
 
 def apply(
-    policy: Annotated[Path, typer.Argument(help="A policy.json.")],
+    policy: Annotated[
+        Path, typer.Argument(help="A policy.json, or the folder of a run or an export.")
+    ],
     *,
     model: Annotated[str, typer.Option(help="Folder, hub id, GGUF file, or demo.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
@@ -75,6 +77,12 @@ def apply(
     adapt: Annotated[
         bool, typer.Option("--adapt", help="To another depth, by relative depth.")
     ] = False,
+    statistics: Annotated[
+        str, typer.Option(help="anew, or reuse: those of the policy's own model.")
+    ] = "anew",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs that have to share every layer.")
+    ] = 1,
     plugin: Modules = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -92,6 +100,8 @@ def apply(
                 target=target or TARGET,
                 text=text_config(text),
                 adapt=adapt,
+                statistics=statistics,
+                tensor_parallel=tensor_parallel,
                 force=force,
                 plugins=plugin or [],
                 observer=observer,

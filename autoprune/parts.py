@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from autoprune.conclusion import Searched
 from autoprune.errors import RunError
@@ -15,6 +15,7 @@ from autoprune.searching.ends import Ends, Reason
 from autoprune.searching.finals import best_so_far
 from autoprune.searching.frozen import FrozenProblem
 from autoprune.searching.ledger import Ledger
+from autoprune.searching.mirror import Mirror
 from autoprune.searching.plan import Plan
 from autoprune.searching.preparing import make_together
 from autoprune.searching.reserve import Reserve
@@ -121,30 +122,64 @@ def search_part(part: Part, around: Surroundings) -> Reason:
     observer.aim(plan.objective.goals, trials)
     observer.stage(SEARCHING)
     config = plan.config.search
-    ended = run_study(
-        plan.problem,
-        around.crew,
-        ledger=ledger,
-        sampler=plan.strategy,
-        objective=plan.objective,
-        seed=config.seed,
-        rungs=plan.rungs,
-        pruner=config.pruner,
-        sensitivities=sensitivities,
-        ends=_InTime(
-            trials=config.trials,
-            stop=around.stop,
-            room=around.room,
-            clock=table.clock,
-            estimate=lambda: Reserve.of(plan, table, trials, export=around.export),
-            table=table,
-            share=part.share,
-        ),
-        proposals=proposals,
-        on_trial=_on_trial(plan, ledger.run_dir, observer, trials),
+    ends = _InTime(
+        trials=config.trials,
+        stop=around.stop,
+        room=around.room,
+        clock=table.clock,
+        estimate=lambda: Reserve.of(plan, table, trials, export=around.export),
+        table=table,
+        share=part.share,
     )
+    with _mirrored(part) as update:
+
+        def on_trial(trial: Trial) -> None:
+            trials.append(trial)
+            update()
+            observer.trial(trial)
+            observer.advance(trial.number + 1, config.trials)
+            plan.plugins.notify("trial_finished", trial=trial, run_dir=ledger.run_dir)
+
+        ended = run_study(
+            plan.problem,
+            around.crew,
+            ledger=ledger,
+            sampler=plan.strategy,
+            objective=plan.objective,
+            seed=config.seed,
+            rungs=plan.rungs,
+            pruner=config.pruner,
+            sensitivities=sensitivities,
+            ends=ends,
+            proposals=proposals,
+            on_trial=on_trial,
+        )
     ledger.write_tables()
     return ended
+
+
+@contextmanager
+def _mirrored(part: Part) -> Iterator[Callable[[], None]]:
+    """Show a part in the Optuna storage that was asked for, while it is searched.
+
+    Yields:
+        To be called after a row is on disk.
+    """
+    plan, folder = part.plan, part.ledger.run_dir
+    storage = plan.config.mirror
+    if storage is None:
+        yield lambda: None
+        return
+    root = folder.parent if part.place else folder
+    name = root.resolve().name + (f"/{part.place}" if part.place else "")
+    with Mirror(
+        storage,
+        name,
+        objective=plan.objective,
+        distributions=plan.problem.space.distributions(),
+        folder=folder,
+    ) as mirror:
+        yield mirror.update
 
 
 def _make_variants(plan: Plan, around: Surroundings) -> None:
@@ -199,15 +234,3 @@ def _next_round(searched: Sequence[Part], observer: Observer) -> Plan:
         )
     observer.note(f"round {len(searched) + 1}: half the step, on new inputs")
     return part.plan.around(incumbent)
-
-
-def _on_trial(
-    plan: Plan, folder: Path, observer: Observer, trials: list[Trial]
-) -> Callable[[Trial], None]:
-    def on_trial(trial: Trial) -> None:
-        trials.append(trial)
-        observer.trial(trial)
-        observer.advance(trial.number + 1, plan.config.search.trials)
-        plan.plugins.notify("trial_finished", trial=trial, run_dir=folder)
-
-    return on_trial

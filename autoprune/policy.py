@@ -140,10 +140,13 @@ class Policy(Mapping[str, Action]):
 
     def to_dict(self) -> dict[str, Any]:
         """Give the policy as plain data, ready for JSON."""
+        # Hundreds of sites share few actions: each is written, and read, once.
+        distinct = {id(action): action for action in self.actions.values()}
+        texts = {key: str(action) for key, action in distinct.items()}
         return {
             "format": POLICY_FORMAT,
             "schedule": self.schedule,
-            "actions": {site: str(action) for site, action in self.actions.items()},
+            "actions": {site: texts[id(x)] for site, x in self.actions.items()},
         }
 
     @classmethod
@@ -168,8 +171,11 @@ class Policy(Mapping[str, Action]):
         schedule = data.get("schedule", SCHEDULES[0])
         if schedule not in SCHEDULES:
             raise PolicyError(unknown_name("schedule", str(schedule), SCHEDULES))
-        actions = {site: Action.parse(text) for site, text in data["actions"].items()}
-        return cls(actions, schedule)
+        read: dict[str, Action] = {}
+        for text in data["actions"].values():
+            if not isinstance(text, str) or text not in read:
+                read[text] = Action.parse(text)
+        return cls({site: read[text] for site, text in found.items()}, schedule)
 
     @classmethod
     def uniform(cls, sites: tuple[Site, ...], action: Action) -> "Policy":

@@ -20,11 +20,13 @@ from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.machine import to_json
 from autoprune.reporting.observer import Observer
+from autoprune.searching.addresses import parse_url, plain
 from autoprune.searching.clock import Clock, Timetable
 from autoprune.searching.engines import open_crew
 from autoprune.searching.finals import Finalist, best_so_far
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.memory_limit import held_memory
+from autoprune.searching.mirrored import shown
 from autoprune.searching.plan import Plan
 from autoprune.searching.reserve import Reserve
 from autoprune.searching.room import Room
@@ -116,7 +118,9 @@ def search(
     with ExitStack() as opened:
         opened.enter_context(held_memory(_own_memory(config)))
         for place, share, plan in plans_of(first, searched, observer):
-            ledger = opened.enter_context(Ledger.open(folder / place, plan.fingerprint))
+            ledger = opened.enter_context(
+                Ledger.open(folder, plan.fingerprint, url=config.ledger, part=place)
+            )
             searched.append(Part(place, share, plan, ledger))
             if place:
                 _note_reference(folder / place, plan)
@@ -181,9 +185,13 @@ def _own_memory(config: RunConfig) -> float | None:
 
 
 def _note_settings(folder: Path, config: RunConfig) -> None:
-    """Write what a run was begun with."""
-    settings = yaml.safe_dump(config.model_dump(mode="json"))
-    write_text(folder / CONFIG, settings)
+    """Write what a run was begun with, but for passwords."""
+    told = config.model_dump(mode="json")
+    if config.ledger:
+        told["ledger"] = plain(parse_url(config.ledger))
+    if config.mirror:
+        told["mirror"] = shown(config.mirror)
+    write_text(folder / CONFIG, yaml.safe_dump(told))
 
 
 def _note_reference(place: Path, plan: Plan) -> None:

@@ -1,15 +1,18 @@
 """Takes policies to other models: applies them there, and measures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from autoprune.adapting import adapted
+from autoprune.compression.reusing import refuse_gradients
 from autoprune.config import TextConfig
 from autoprune.deliver import ExportReport, export_policy
-from autoprune.errors import PolicyError
+from autoprune.errors import ConfigError, PolicyError, unknown_name
+from autoprune.evaluation.origin import Origin
 from autoprune.evaluation.provenance import made_for, measured_on
 from autoprune.evaluation.targets import check_target
 from autoprune.evaluation.workbench import Workbench
@@ -25,6 +28,9 @@ from autoprune.reporting.observer import Observer
 DEFAULT_TASK = "causal-lm"
 """What a model is for where nothing says otherwise."""
 
+STATISTICS = ("anew", "reuse")
+"""Whose statistics variants are made from: the model's own, or the original's."""
+
 SEED = 0
 """Decides which documents go to which split, where no run says so."""
 
@@ -38,6 +44,8 @@ def apply(
     task: str | None = None,
     text: TextConfig | None = None,
     adapt: bool = False,
+    statistics: str = STATISTICS[0],
+    tensor_parallel: int = 1,
     force: bool = False,
     plugins: Sequence[str] = (),
     observer: Observer | None = None,
@@ -45,40 +53,56 @@ def apply(
     """Compress another checkpoint by a policy, and export it.
 
     Statistics are taken anew from that model, block by block, on the inputs that its
-    own compressed blocks give.
+    own compressed blocks give. Or those of the model that the policy was made on are
+    reused, from the same text, reference and seed: a sibling that was tuned from it is
+    then compressed by what the search had decided on, and no text is run through the
+    sibling itself but to measure it. They are gathered once more, as a file of them
+    would be larger than the model, so it takes as long, and the memory of both models.
 
     Args:
-        policy: A policy, or the path of a ``policy.json``.
+        policy: A policy, or the path of a ``policy.json``, or of its folder.
         model: Folder, hub id, GGUF file or ``demo``.
         out: Folder to write.
         target: Export target.
         task: What the model is for; by default what the policy was made for.
-        text: Which text to take statistics from and to measure on.
+        text: Which text to take statistics from, anew, and to measure on.
         adapt: Take the policy to a model of another depth, by relative depth and type
             of site; else the model has to have the same sites.
+        statistics: ``anew`` or ``reuse``.
+        tensor_parallel: GPUs that have to share every layer of the export.
         force: Replace an export that is there already.
         plugins: Modules to load beside the installed plugins.
         observer: Hears of stages.
 
     Raises:
-        PolicyError: If the policy does not fit the model.
+        ConfigError: If ``statistics`` is neither.
+        PolicyError: If the policy does not fit the model, or its statistics cannot be
+            reused: its model is gone, has changed or has other layers.
+        MethodError: If statistics are reused and a method reads gradients.
         ExportError: If the export cannot be written or fails its verification.
     """
     observer = observer or Observer()
+    record = _reused_record(policy, statistics, adapt=adapt)
     chosen = policy if isinstance(policy, Policy) else read_policy(policy)
     task = task or _task_of(policy)
     text = text or TextConfig()
     observer.stage("loading model and text")
-    bench = _open(load_plugins(plugins), model, task, text, target)
+    bench = _open(load_plugins(plugins), model, task, text, target, tensor_parallel)
     if adapt:
         chosen = adapted(chosen, bench.inventory)
     chosen = bench.actions.canonical_policy(chosen)
     check_target(bench, chosen, target)  # what does not fit is refused before any work
-    bank = bench.bank(chosen)
+    if record is None:
+        bank, made = bench.bank(chosen), made_for(bench, chosen)
+    else:
+        refuse_gradients(bench.actions, bench.per_layer(chosen).items())
+        observer.stage("loading the model whose statistics are reused")
+        origin = Origin.open(load_plugins(plugins), record, target=target)
+        bank, made = origin.bank_for(bench), origin.record_for(bench)
     observer.stage("making variants")
     bank.make(bench.per_layer(chosen).items(), observer.advance)
     observer.stage("measuring on the report split")
-    record = made_for(bench, chosen) | {
+    record = made | {
         "seed": SEED,
         "text": measured_on(bench, text, "report"),
         "figures": {
@@ -154,6 +178,33 @@ def evaluate(
     return found
 
 
+def _reused_record(
+    policy: str | Path | Policy, statistics: str, *, adapt: bool
+) -> Mapping[str, Any] | None:
+    """Read whose statistics are to be reused; None if they are taken anew.
+
+    Raises:
+        ConfigError: If ``statistics`` is not one of ``STATISTICS``.
+        PolicyError: If nothing says whose, or the model will have another depth.
+    """
+    if statistics not in STATISTICS:
+        raise ConfigError(unknown_name("way of statistics", statistics, STATISTICS))
+    if statistics == "anew":
+        return None
+    if adapt:
+        raise PolicyError(
+            "statistics are of single layers, and a model of another depth has other "
+            "ones: take them anew, or do not adapt the policy"
+        )
+    if isinstance(policy, Policy):
+        raise PolicyError(
+            "a policy by itself does not say whose statistics to reuse. Give the path "
+            "of a policy.json, or take statistics anew"
+        )
+    read_policy(policy)  # refuses what is no policy
+    return _record(policy)
+
+
 def _measure_export(
     folder: Path, task: str, text: TextConfig | None, plugins: Sequence[str]
 ) -> dict[str, float]:
@@ -192,25 +243,46 @@ def _task_of(policy: str | Path | Policy | None) -> str:
     if policy is None or isinstance(policy, Policy):
         return DEFAULT_TASK
     read_policy(policy)  # refuses what is no policy
-    record = json.loads(Path(policy).read_text(encoding="utf-8"))
-    return str(record.get("task", DEFAULT_TASK))
+    return str(_record(policy).get("task", DEFAULT_TASK))
+
+
+def _record(path: str | Path) -> dict[str, Any]:
+    """Read all that stands beside a policy; what is no policy was refused before."""
+    found: dict[str, Any] = json.loads(_file(path).read_text(encoding="utf-8"))
+    return found
+
+
+def _file(path: str | Path) -> Path:
+    """Find the policy's file: of a run or an export the one in its folder."""
+    return Path(path) / POLICY_FILE if Path(path).is_dir() else Path(path)
 
 
 def read_policy(path: str | Path) -> Policy:
-    """Read a policy from a file.
+    """Read a policy from its file, or from the folder of a run or an export.
 
     Raises:
         PolicyError: If the file is missing or holds no policy.
     """
     try:
-        return Policy.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return Policy.from_dict(json.loads(_file(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, PolicyError) as error:
         raise PolicyError(f"cannot read the policy {path}: {error}") from error
 
 
 def _open(
-    plugins: Plugins, model: str, task: str, text: TextConfig, target: str
+    plugins: Plugins,
+    model: str,
+    task: str,
+    text: TextConfig,
+    target: str,
+    ways: int = 1,
 ) -> Workbench:
     return Workbench.open(
-        plugins, model=model, task=task, text=text, target=target, seed=SEED
+        plugins,
+        model=model,
+        task=task,
+        text=text,
+        target=target,
+        seed=SEED,
+        tensor_parallel=ways,
     )

@@ -35,6 +35,7 @@ FLOORS = {
     "conclusion": 7,
     "preflight": 7,
     "parts": 8,
+    "planning": 8,
     "deliver": 8,
     "run": 9,
     "adapting": 8,
@@ -46,6 +47,7 @@ FLOORS = {
     "commands": 10,
     "export_commands": 12,
     "latency_commands": 12,
+    "planning_commands": 12,
     "plugin_commands": 12,
     "cli": 13,
     "__main__": 14,
@@ -81,6 +83,7 @@ HOMES = {
         "export_commands",
         "latency_commands",
         "options",
+        "planning_commands",
         "plugin_commands",
     },
 }

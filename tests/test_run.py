@@ -327,7 +327,9 @@ def test_sparsity_is_a_budget_as_well(
     )
     result = search(config, tmp_path / "run")
     assert (result.trials["sparsity"] >= 0.4).all()
-    assert (result.trials["sparsity"] <= 0.405).all()
+    # A rival may be sparser than it has to be, where that costs less.
+    searched = result.trials[result.trials["origin"] == "gradient"]
+    assert len(searched) > 2 and (searched["sparsity"] <= 0.405).all()
 
 
 def test_compute_is_a_budget_as_well(

@@ -27,11 +27,17 @@ class LayerSlopes:
         crossed: What that half mean square would be if gradients had nothing to do with
             what was read: all pairs of sampled positions, ``(g_t · dW x_s)²``. Biased,
             and far less noisy than a few draws. Empty where it was not asked for.
+        apart: What that half mean square would be if what a change does to one number
+            of the output had nothing to do with what it does to the others: half the
+            mean over positions of the sum of ``(g_to (dW x_t)_o)²``. Biased, and less
+            noisy by far. Where outputs are not heard, the half mean square itself.
+            Empty where it was not asked for.
     """
 
     kl: Float[Tensor, "windows variants"]
     score: Float[Tensor, "draws variants"]
     crossed: Float[Tensor, " _"] = field(default_factory=lambda: torch.empty(0))
+    apart: Float[Tensor, " _"] = field(default_factory=lambda: torch.empty(0))
 
 
 class Pricing:
@@ -47,6 +53,7 @@ class Pricing:
         model: The model, with a policy's variants on it.
         variants: For each layer the weights to price.
         sampled: Positions of every pass of drawn labels whose pairs make ``crossed``.
+        apart: Also make ``apart`` from drawn labels.
 
     Attributes:
         counts: Scored positions of each window that is passing.
@@ -59,10 +66,13 @@ class Pricing:
         variants: Mapping[Layer, Sequence[Tensor]],
         *,
         sampled: int = 0,
+        apart: bool = False,
     ) -> None:
         self.counts = torch.ones(1)
-        self._sampled = sampled
+        self._sampled, self._wants_apart = sampled, apart
         self._crossed: dict[Layer, list[Tensor]] = {layer: [] for layer in variants}
+        self._apart: dict[Layer, list[Tensor]] = {layer: [] for layer in variants}
+        self._positions = 0
         self._model = model
         self._variants = variants
         named = model.named_modules()
@@ -78,6 +88,8 @@ class Pricing:
     ) -> None:
         """Send a gradient back through the model, and price what it passes."""
         self._score = score
+        if score:
+            self._positions += int(self.counts.sum())
         features.backward(gradient.to(features.dtype), retain_graph=keep)
 
     def sort_draws(self, windows: int, draws: int) -> None:
@@ -106,11 +118,17 @@ class Pricing:
             kl, draws = self._kl[layer], self._draws[layer]
             score = torch.stack(draws) if draws else none
             slopes = torch.stack(kl) if kl else none
-            crossed = self._crossed[layer]
+            crossed, apart = self._crossed[layer], self._apart[layer]
             found[layer] = LayerSlopes(slopes, score)
             if crossed:
                 pairs = torch.stack(crossed).mean(0)
                 found[layer] = replace(found[layer], crossed=pairs)
+            if apart:
+                each = torch.stack(apart).sum(0) / self._positions
+                found[layer] = replace(found[layer], apart=each)
+            elif self._wants_apart and draws:
+                whole = score.square().mean(0) / 2
+                found[layer] = replace(found[layer], apart=whole)
         return found
 
     @contextmanager
@@ -164,6 +182,8 @@ class Pricing:
             rows = rows / self.counts.sqrt()[:, None]
             if self._sampled:
                 self._cross(layer, read.flatten(0, 1), gradient.flatten(0, 1))
+            if self._wants_apart:
+                self._take_apart(layer, read.flatten(0, 1), gradient.flatten(0, 1))
         self._rows(layer).extend(rows)
 
     def _cross(
@@ -182,6 +202,22 @@ class Pricing:
             moved = moved + biases.to(moved.dtype)[:, :, None]
         found = (gradient.to(moved.dtype) @ moved).float()
         self._crossed[layer].append(found.square().mean((1, 2)) / 2)
+
+    def _take_apart(
+        self,
+        layer: Layer,
+        read: Float[Tensor, "positions in"],
+        gradient: Float[Tensor, "positions out"],
+    ) -> None:
+        """Square what every number of a gradient makes of that output's own change."""
+        changes = self._changes(layer).unflatten(1, (-1, read.shape[1]))
+        biases, found = self._bias_changes(layer), []
+        for number, change in enumerate(changes):  # one by one: outputs are large
+            moved = (read.to(change.dtype) @ change.T).float()
+            if biases is not None:
+                moved += biases[number]
+            found.append(moved.mul_(gradient).square_().sum() / 2)
+        self._apart[layer].append(torch.stack(found))
 
     def _price_parameter(
         self, layers: Sequence[Layer], parameter: nn.Parameter

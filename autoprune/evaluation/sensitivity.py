@@ -1,12 +1,10 @@
-"""What a layer's variants cost by themselves, in three ways.
+"""What a layer's variants cost by themselves, without gradients.
 
-``output_errors`` needs no gradient and no evaluation, ``score_rows`` one backward pass
-for all variants together, ``replacement_costs`` one evaluation each.
+``output_errors`` needs no evaluation, ``replacement_costs`` one each.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -15,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from autoprune.compression.bank import VariantBank
-from autoprune.compression.memory import memory_bytes
-from autoprune.evaluation.slopes import measure_slopes
+from autoprune.evaluation.fisher import Wanted, made_dense
 from autoprune.evaluation.teacher import Teacher
 from autoprune.models.biases import bias_of
 from autoprune.models.blocks import BlockRunner
@@ -30,9 +27,6 @@ from autoprune.models.statistics import (
 from autoprune.policy import DENSE, Action, Layer
 
 log = logging.getLogger(__name__)
-
-Wanted = Mapping[Layer, Sequence[Action]]
-"""For each layer the actions whose cost is asked for."""
 
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is to do."""
@@ -69,7 +63,7 @@ def output_errors(
     }
     blocks = {la.block for la in wanted if la not in found and la.block is not None}
     tell = progress or (lambda done, total: None)
-    with _put_back(bank):
+    with made_dense(bank):
         # As the bank itself passes over the blocks, so that the inputs are the same.
         bank.put({la: a for la, a in bank.reference.items() if la.block is None})
         model, ids = bank.stitched.model, bank.tokens.ids
@@ -91,52 +85,6 @@ def output_errors(
                 bank.stitched.write(layer, action, bank.weight(layer, action))
             hidden = runner.run(block, hidden) if reference else after
     return {layer: found[layer] for layer in wanted}
-
-
-def score_rows(
-    bank: VariantBank,
-    teacher: Teacher,
-    wanted: Wanted,
-    windows: Sequence[int],
-    *,
-    draws: int = 1,
-    seed: int = 0,
-) -> dict[Layer, Float[np.ndarray, "rows actions"]]:
-    """Tell how each variant moves the dense model's log-likelihood of its own words.
-
-    Rows are windows with labels that the dense model draws, so half the mean square of
-    a column is the second-order KL of its variant, and half the mean square of a sum of
-    columns is that of several variants together: the Fisher matrix of the dense model,
-    seen along the changes that a bank offers, its mixed terms included.
-
-    Args:
-        bank: Whose variants; missing ones are made.
-        teacher: The dense model on a split.
-        wanted: Layers with their actions.
-        windows: Indices of the windows of the split.
-        draws: How often labels are drawn for every window.
-        seed: Of the labels. Rows of two calls with equal windows, draws and seed belong
-            together, column by column.
-
-    Raises:
-        MethodError: If a step refuses a layer.
-        StoreError: If variants cannot be written or read.
-    """
-    pairs = [(layer, action) for layer, acts in wanted.items() for action in acts]
-    bank.make(pairs)
-    columns: dict[Layer, list[Tensor]] = {layer: [] for layer in wanted}
-    with _put_back(bank):
-        for part in _parts_that_fit(pairs, memory_bytes()):
-            variants: dict[Layer, list[Tensor]] = {}
-            for layer, action in part:
-                variants.setdefault(layer, []).append(bank.weight(layer, action))
-            slopes = measure_slopes(
-                bank.stitched.model, teacher, variants, windows, draws=draws, seed=seed
-            )
-            for layer, found in slopes.items():
-                columns[layer].append(found.score)
-    empty = np.empty((len(windows) * draws, 0), dtype=np.float32)
-    return {la: torch.cat(c, 1).numpy() if c else empty for la, c in columns.items()}
 
 
 def replacement_costs(
@@ -221,32 +169,3 @@ def _reference_of(bank: VariantBank, block: int) -> dict[Layer, Action]:
 
 def _add(sums: Mapping[str, Gathering], name: str, inputs: Tensor) -> None:
     sums[name].add(inputs)
-
-
-def _parts_that_fit(
-    pairs: Sequence[tuple[Layer, Action]], cap_bytes: int
-) -> Iterator[list[tuple[Layer, Action]]]:
-    """Cut pairs where their weights, four bytes each at most, would pass the cap."""
-    part: list[tuple[Layer, Action]] = []
-    held = 0
-    for layer, action in pairs:
-        size = 4 * layer.numel
-        if part and held + size > cap_bytes:
-            yield part
-            part, held = [], 0
-        part.append((layer, action))
-        held += size
-    if part:
-        yield part
-
-
-@contextmanager
-def _put_back(bank: VariantBank) -> Iterator[None]:
-    """Make the model dense for a while, then put back what the bank had on it."""
-    bank.stitched.claim(bank.name)
-    before = dict(bank.stitched.actions)
-    bank.stitched.restore()
-    try:
-        yield
-    finally:
-        bank.put(before)

@@ -32,6 +32,7 @@ def measure_slopes(
     draws: int = 0,
     drawn: int | None = None,
     sampled: int = 0,
+    apart: bool = False,
     seed: int = 0,
 ) -> dict[Layer, LayerSlopes]:
     """Price variants by the gradient at a model as it stands.
@@ -44,13 +45,14 @@ def measure_slopes(
         draws: How often labels are drawn for a window.
         drawn: For so many of the windows, from the first; None for all.
         sampled: Positions of every pass whose pairs make ``crossed``; 0 for none.
+        apart: Also make ``apart`` from the drawn labels.
         seed: Of the labels.
 
     Returns:
         Slopes of every layer's variants, in their order.
     """
     generator = torch.Generator().manual_seed(seed)
-    pricing = Pricing(model, variants, sampled=sampled)
+    pricing = Pricing(model, variants, sampled=sampled, apart=apart)
     drawn = len(windows) if drawn is None else drawn
     # What is priced by its parameter's gradient has one figure for all that pass.
     whole = all(pricing.module_of(layer) for layer in variants)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from autoprune.evaluation.heads import check_head, same_head, stamp_of
 from autoprune.evaluation.quality import Quality
+from autoprune.evaluation.teacher_cache import Remembered, TeacherCache
 from autoprune.models.prefix import Prefix
 from autoprune.models.statistics import exact_products
 from autoprune.models.task import Batch, Head, Task
@@ -33,15 +34,6 @@ HEADS = 4
 """States of the head that are remembered beside the dense one: its variants are few."""
 
 _CHECKED = 16
-
-
-@dataclass(frozen=True, eq=False)
-class _Remembered:
-    """What the dense model made of all scored positions, window after window."""
-
-    features: Float[Tensor, "positions hidden"]
-    cross: Float[Tensor, " positions"]  # (sum p W) d
-    log_sum: Float[Tensor, " positions"]  # logsumexp(W d + b)
 
 
 @dataclass(eq=False)
@@ -62,6 +54,7 @@ class Teacher:
         windows: The split.
         tokenizer: The model's tokenizer.
         batch: Windows that pass the model at a time.
+        cache: Where what the dense model made is kept; None for nowhere.
 
     Attributes:
         dense: The dense model's own quality: KL 0, and its loss.
@@ -78,6 +71,7 @@ class Teacher:
         *,
         tokenizer: Any,
         batch: int = 8,
+        cache: TeacherCache | None = None,
     ) -> None:
         self.task = task
         self.windows = windows
@@ -89,8 +83,8 @@ class Teacher:
             self._all = task.batch(windows.ids, tokenizer)
             counts = self._all.scored.sum(1).tolist()
             self._ends = list(accumulate(counts, initial=0))
-            self._dense = self._remember(model)
-        self.dense = self.measure(model)
+            self._know(self._recall(model, cache) if cache else self._remember(model))
+        self.dense = self._dense.quality
 
     def measure(
         self,
@@ -227,20 +221,33 @@ class Teacher:
         self._heads = [self._heads[0], *self._heads[1:][1 - HEADS :], found]
         return found
 
-    def _remember(self, model: nn.Module) -> _Remembered:
-        features, cross, log_sum = [], [], []
+    def _recall(self, model: nn.Module, cache: TeacherCache) -> Remembered:
+        dtype = next(model.parameters()).dtype
+        key = cache.key(self.task, self._all, dtype=dtype, batch=self.batch)
+        return cache.get(key, lambda: self._remember(model))
+
+    def _remember(self, model: nn.Module) -> Remembered:
+        """Run the dense model, and compare it with itself."""
+        features, expected, cross, log_sum = [], [], [], []
         for part in self.parts():
             features.append(self.task.features(model, self.batch_of(part)))
-            expected = []
             for rows, logits in self.head.in_chunks(features[-1]):
-                mean = logits.softmax(-1) @ self.head.weight
-                expected.append(mean)
+                expected.append(logits.softmax(-1) @ self.head.weight)
                 # The same operations as for a policy: their rounding errors cancel,
                 # and the dense model is at KL 0 exactly.
-                cross.append(_cross(mean, features[-1][rows], self.head))
+                cross.append(_cross(expected[-1], features[-1][rows], self.head))
                 log_sum.append(logits.logsumexp(-1))
-            self._keep(self._heads[0], part, torch.cat(expected))
-        return _Remembered(torch.cat(features), torch.cat(cross), torch.cat(log_sum))
+        unknown = torch.empty(0)
+        read, mean = torch.cat(features), torch.cat(expected)
+        also = torch.cat(cross), torch.cat(log_sum), unknown, unknown
+        self._know(Remembered(read, mean, *also))
+        compared = [self.compare(model, self._rows(read, p), p) for p in self.parts()]
+        kl, nll = map(torch.cat, zip(*compared, strict=True))
+        return replace(self._dense, kl=kl, nll=nll)
+
+    def _know(self, dense: Remembered) -> None:
+        self._dense = dense
+        self._keep(self._heads[0], range(len(self.windows.ids)), dense.expected)
 
     def _keep(self, state: _HeadState, windows: Sequence[int], means: Tensor) -> None:
         counts = [self._ends[w + 1] - self._ends[w] for w in windows]

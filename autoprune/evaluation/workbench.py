@@ -20,7 +20,9 @@ from autoprune.evaluation.metric import Evidence, Measured, Metric, Scene
 from autoprune.evaluation.precision import choose_compute_dtype
 from autoprune.evaluation.quality import Quality
 from autoprune.evaluation.teacher import Teacher
+from autoprune.evaluation.teacher_cache import TeacherCache
 from autoprune.exporting.exporter import Exporter, ExportJob
+from autoprune.exporting.sharded import sharded
 from autoprune.models.checkpoints import (
     Checkpoint,
     cache_dir,
@@ -85,6 +87,7 @@ class Workbench:
         target: str,
         seed: int,
         fuse: bool = True,
+        tensor_parallel: int = 1,
         cache: Path | None = None,
     ) -> "Workbench":
         """Load a model and its text.
@@ -97,6 +100,7 @@ class Workbench:
             target: Name of the export target.
             seed: Decides which documents go to which split.
             fuse: Layers that runtimes fuse make one site.
+            tensor_parallel: GPUs that have to share every layer of an export.
             cache: Folder for models, variants and verdicts; the user's by default.
 
         Raises:
@@ -124,10 +128,9 @@ class Workbench:
             name: Part(*about)
             for name, about in untouched_parameters(loaded, found).items()
         }
-        exporters: dict[str, Exporter] = {
-            name: exporter.for_model(loaded, found)
-            for name, exporter in plugins.objects["exporters"].items()
-        }
+        targets: Mapping[str, Exporter] = plugins.objects["exporters"]
+        known = {name: one.for_model(loaded, found) for name, one in targets.items()}
+        exporters = sharded(known, loaded, found, tensor_parallel)
         dtype = choose_compute_dtype(
             kind,
             loaded,
@@ -190,6 +193,7 @@ class Workbench:
                 self.stitched.model,
                 self.splits[split],
                 tokenizer=self.tokenizer,
+                cache=TeacherCache.beside(self.store, self.checkpoint.revision),
             )
         return self._teachers[split]
 

@@ -168,6 +168,7 @@ def passing_blocks(model: Any, inventory: Inventory) -> frozenset[int]:
 
     Biases and norms behind the sum may make something of nothing, so each block is
     seen at work: once, on a few tokens, with zeros that share the memory of one layer.
+    Of a model without weights, those count that have no biases.
 
     Args:
         model: The dense model.
@@ -176,6 +177,9 @@ def passing_blocks(model: Any, inventory: Inventory) -> frozenset[int]:
     text = getattr(model, "main_input_name", None) == "input_ids"
     if not text or not any(group.kind == BLOCK for group in inventory.groups):
         return frozenset()
+    if next(model.parameters()).is_meta:  # nothing can be seen at work
+        blocks = enumerate(map(model.get_submodule, inventory.blocks))
+        return frozenset(index for index, block in blocks if not _has_bias(block))
     names = {parameter_of(la.name) for la in inventory.layers if la.block is not None}
     shapes = {name: model.get_parameter(name) for name in sorted(names)}
     none = {
@@ -210,3 +214,7 @@ def passing_blocks(model: Any, inventory: Inventory) -> frozenset[int]:
         for handle in handles:
             handle.remove()
     return frozenset(passing)
+
+
+def _has_bias(block: Any) -> bool:
+    return any(name.endswith("bias") for name, _ in block.named_parameters())

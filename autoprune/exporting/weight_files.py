@@ -1,19 +1,19 @@
 """Weight files in safetensors: their exact sizes beforehand, and writing by shards.
 
-Tensors come one by one and are written as soon as those of a file are complete, so that
-no more than one file's worth is held, whatever the size of the model.
+Where each tensor stands in its file is known beforehand, as sizes are exact. Each is
+written there as it comes, and none is held, whatever the size of a file or the model.
 """
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from autoprune.compression.heap import give_back_free_memory
 from autoprune.compression.storage import Part
 from autoprune.errors import ExportError
 from autoprune.models.weights import dtype_name
@@ -99,52 +99,93 @@ def write_weight_files(
     """
     files = sharded(tensors, stem=stem, limit=limit)
     home = {name: file for file, names in files.items() for name in names}
-    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in files}
-    for name, tensor in given:
-        found = Part(dtype_name(tensor), tuple(tensor.shape))
-        if found != tensors.get(name):
-            raise ExportError(
-                f"the tensor {name!r} is {found}, but {tensors.get(name)} was "
-                "declared. The exporter, or a method whose variants it writes, breaks "
-                "its contract"
-            )
-        file = home[name]
-        waiting[file][name] = tensor.contiguous()
-        if len(waiting[file]) == len(files[file]):
-            held = waiting.pop(file)
-            safetensors.torch.save_file(held, folder / file, dict(metadata))
-            del held
-            give_back_free_memory()  # else the next file would stand beside this one
-    if absent := [n for f in waiting for n in files[f] if n not in waiting[f]]:
-        raise ExportError(f"tensors were declared and never came: {absent}")
+    missing, opened = dict(tensors), dict[str, _WeightFile]()
+    with ExitStack() as stack:
+        for name, tensor in given:
+            found, declared = _part(tensor), missing.pop(name, None)
+            if found != declared:
+                raise ExportError(
+                    f"the tensor {name!r} is {found}, but {declared} was declared. The "
+                    "exporter, or a method whose variants it writes, breaks its "
+                    "contract"
+                )
+            file = home[name]
+            if file not in opened:
+                parts = {one: tensors[one] for one in files[file]}
+                opened[file] = _WeightFile(folder / file, parts, metadata)
+                stack.callback(opened[file].close)
+            opened[file].put(name, tensor)
+            del tensor  # before the next one is made
+    if missing:
+        raise ExportError(f"tensors were declared and never came: {[*missing]}")
     if len(files) > 1:
         total = sum(part.nbytes for part in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": home}
-        text = json.dumps(index, indent=1) + "\n"
-        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+        _write_index(folder / f"{stem}.safetensors.index.json", home, total)
     return [folder / file for file in files]
+
+
+def _write_index(path: Path, home: Mapping[str, str], total: int) -> None:
+    index = {"metadata": {"total_size": total}, "weight_map": dict(home)}
+    path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+class _WeightFile:
+    """A safetensors file in which each tensor is written at its place as it comes.
+
+    It is open until the last has come.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, Part], metadata: Mapping[str, str]
+    ) -> None:
+        head, self._places = _header(tensors, metadata)
+        self._file = path.open("wb")
+        self._file.write(head)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, once."""
+        self._file.seek(self._places.pop(name))
+        plain = tensor.detach().cpu().contiguous().flatten()
+        self._file.write(plain.view(torch.uint8).numpy().data)
+        if not self._places:
+            self.close()
+
+    def close(self) -> None:
+        """Close the file, whole or not."""
+        self._file.close()
 
 
 def safetensors_bytes(tensors: Mapping[str, Part], metadata: Mapping[str, str]) -> int:
     """Tell the size of a safetensors file, to the byte.
 
-    The file is 8 bytes, a JSON header padded to a multiple of 8, and the tensors; wider
-    types come first, then names in order.
-
     Example:
         >>> safetensors_bytes({"a": Part("uint8", (3,))}, {})
         67
     """
+    head = _header(tensors, metadata)[0]
+    return len(head) + sum(part.nbytes for part in tensors.values())
+
+
+def _header(
+    tensors: Mapping[str, Part], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Make what a safetensors file begins with; tell where each tensor begins.
+
+    The file is 8 bytes, a JSON header padded to a multiple of 8, and the tensors; wider
+    types come first, then names in order.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    start = 0
-    ranks = list(_TYPES)
+    start, ranks = 0, list(_TYPES)
     order = sorted(tensors, key=lambda name: (ranks.index(tensors[name].dtype), name))
+    starts = {}
     for name in order:
-        part = tensors[name]
-        header[name] = _entry(part, start)
-        start += part.nbytes
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + (length + 7) // 8 * 8 + start
+        header[name] = _entry(tensors[name], start)
+        starts[name] = start
+        start += tensors[name].nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + start for name, start in starts.items()}
 
 
 def header_bytes(name: str, part: Part) -> int:
@@ -152,6 +193,10 @@ def header_bytes(name: str, part: Part) -> int:
     entry = {name: _entry(part, 10**11)}
     text = json.dumps(entry, separators=(",", ":"), ensure_ascii=False)
     return len(text.encode()) - 1
+
+
+def _part(tensor: Tensor) -> Part:
+    return Part(dtype_name(tensor), tuple(tensor.shape))
 
 
 def _entry(part: Part, start: int) -> dict[str, Any]:

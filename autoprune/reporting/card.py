@@ -42,6 +42,7 @@ def model_card(about: Mapping[str, Any]) -> str:
         _opening(about, _shown(source)),
         "## What was done",
         _actions(about.get("summary", [])),
+        _statistics(about.get("statistics")),
         _notes(about.get("notes", []), str(about.get("target"))),
         "## Figures",
         _measured_on(about),
@@ -104,6 +105,14 @@ def _actions(summary: Sequence[Mapping[str, Any]]) -> str:
     return _table(
         ["Action", "Sites", "Layers", "Weights", "Stored bits a weight"], rows
     )
+
+
+def _statistics(reused: Mapping[str, Any] | None) -> str:
+    """Tell whose statistics decided, where they are not the model's own."""
+    if not reused:
+        return ""
+    source = _shown(str(reused.get("model", {}).get("source")))
+    return f"Statistics were not taken from this model: those of `{source}` are reused."
 
 
 def _notes(notes: Sequence[str], target: str) -> str:

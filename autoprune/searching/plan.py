@@ -83,14 +83,14 @@ class Plan:
             ConfigError: If the configuration is wrong or no policy meets the budgets.
             AutoPruneError: If model, text or a plugin fails.
         """
-        # What can be refused without a model is refused before one is loaded.
+        # What needs no model to be refused is refused before one is loaded.
         check_export(plugins.get("exporters", config.export), fuse=config.fuse)
         plugins.get("samplers", config.search.sampler or DEFAULTS[0])
         plugins.get("rewards", config.objective.reward or DEFAULT_REWARD)
         for rule in config.space:
             read_actions(Actions(plugins.methods), rule)
-        names = dict.fromkeys(config.search.proposals)
-        formulas: list[Proposer] = [plugins.get("formulas", name) for name in names]
+        asked = dict.fromkeys(config.search.proposals)
+        formulas: list[Proposer] = [plugins.get("formulas", name) for name in asked]
         bench = Workbench.open(
             plugins,
             model=config.model,
@@ -99,12 +99,13 @@ class Plan:
             target=config.export,
             seed=config.search.seed,
             fuse=config.fuse,
+            tensor_parallel=config.tensor_parallel,
             cache=cache,
         )
         bench.store.cap_bytes = int(config.search.disk or bench.store.cap_bytes)
         if config.latency:
-            backends = plugins.objects["latency_backends"].values()
-            bench = with_latency(bench, config.latency, backends)
+            backends = plugins.objects["latency_backends"]
+            bench = with_latency(bench, config.latency, backends.values())
         reward = read_reward(config.objective, plugins, bench)
         problem = formulate(bench, config.space, config.objective.budgets)
         found = plugins.notify("propose_policies", problem=problem, bench=bench)
@@ -286,8 +287,7 @@ def _reference(
 ) -> Policy | None:
     """Choose the proposal whose inputs the variants are made on.
 
-    Under a budget the largest, the first of those as large to a percent; without one
-    that of middle size.
+    Under a budget the largest, the first of those within a percent; else the middle.
     """
     if config.bank == "dense":
         return None

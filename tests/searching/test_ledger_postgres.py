@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -285,6 +286,35 @@ def test_server_that_stays_away_ends_the_run_and_keeps_its_rows(server, url, tmp
     with Ledger.open(tmp_path, MADE) as ledger:
         assert [row.number for row in ledger.trials()] == [0]
         ledger.add(make_trial(1))
+
+
+def test_server_that_does_not_answer_is_not_waited_for_without_end(
+    server, url, tmp_path
+):
+    url += "?connect_timeout=2"
+    with Ledger.open(tmp_path, MADE, url=url, patience=1) as ledger:
+        ledger.add(make_trial(0))
+        with server.paused():
+            with pytest.raises(RunError, match="away for 1 s .*kept"):
+                ledger.add(make_trial(1))
+    with Ledger.open(tmp_path, MADE, url=server_url(url)) as ledger:
+        assert ledger.numbers() in ([0], [0, 1])  # what is in doubt is whole or absent
+
+
+def server_url(url: str) -> str:
+    return url.partition("?")[0]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 6.0], ids=["short", "cut off"])
+def test_server_that_pauses_is_waited_for(server, url, tmp_path, seconds):
+    with Ledger.open(tmp_path, MADE, url=url, patience=5) as ledger:
+        with ExitStack() as standing, ThreadPoolExecutor() as pool:
+            standing.enter_context(server.paused())
+            added = pool.submit(ledger.add, make_trial(0))
+            time.sleep(seconds)
+            standing.close()
+            added.result()
+        assert ledger.numbers() == [0]
 
 
 class Wire:
