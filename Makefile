@@ -10,6 +10,9 @@ FAST := not slow and not gpu and not network
 CI := (not slow or ci) and not gpu and not network
 ALL := not gpu and not network
 
+# A process a processor; a file's tests stay together, as they share models.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 .PHONY: setup demo test test-fast test-all lint format bench bench-search bench-methods \
 	bench-memory bench-export clean help
 .DEFAULT_GOAL := setup
@@ -31,13 +34,13 @@ demo: $(STAMP)  ## Compress SmolLM2-135M, verify the export, print the table
 	$(BIN)/autoprune demo
 
 test: lint  ## What CI runs: lint, the fast tests, the slow ones marked `ci`
-	$(BIN)/python -m pytest -m "$(CI)"
+	$(PYTEST) -m "$(CI)"
 
 test-fast: $(STAMP)  ## The fast tests alone
-	$(BIN)/python -m pytest -m "$(FAST)"
+	$(PYTEST) -m "$(FAST)"
 
 test-all: lint  ## Lint and every test that needs no accelerator and no network
-	$(BIN)/python -m pytest -m "$(ALL)"
+	$(PYTEST) -m "$(ALL)"
 
 lint: $(STAMP)  ## Check style, format and types
 	$(BIN)/ruff check .
