@@ -21,7 +21,9 @@ from autoprune.commands import (
     within_time,
 )
 from autoprune.options import (
+    Address,
     AsJson,
+    Engine,
     Latency,
     Model,
     Modules,
@@ -95,6 +97,8 @@ def search(
     seed: Annotated[int | None, typer.Option(min=0, help="Of all chance.")] = None,
     text: Text = None,
     workers: Workers = None,
+    engine: Engine = None,
+    address: Address = None,
     ledger: Annotated[
         str | None, typer.Option(metavar="URL", help="PostgreSQL, for the rows.")
     ] = None,
@@ -124,6 +128,8 @@ def search(
             search__sampler=sampler,
             search__seed=seed,
             workers__count=workers,
+            workers__engine=engine,
+            workers__address=address,
             ledger=ledger,
             mirror=mirror,
             **within_time(latency or (), device),

@@ -21,7 +21,13 @@ Modules = Annotated[
     typer.Option("--plugin", metavar="MODULE", help="Load a module as a plugin."),
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes that evaluate side by side.")
+    int | None, typer.Option(min=1, help="Evaluators that work side by side.")
+]
+Engine = Annotated[
+    str | None, typer.Option(help="What they run in: process, ray, ray-tune.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="The Ray cluster: auto, HOST:PORT, ray://HOST:PORT.")
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Write the result as JSON, and nothing else.")

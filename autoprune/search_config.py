@@ -40,9 +40,9 @@ class SearchConfig(Part):
             that would not fit are refused, and none gets more than its share.
         seed: Of everything random.
         sensitivity: What a choice costs by itself, for strategies that ask: ``error``
-            of outputs, ``fisher`` from the dense model's gradients, ``tokens`` from
-            them token by token, or ``measured``. Rivals are solved for by both of the
-            gradients' kinds where one of them is asked for.
+            of outputs, ``fisher`` from the dense model's gradients, ``blend`` from
+            them by windows and by single outputs, or ``measured``. Rivals are solved
+            for by both ``fisher`` and ``blend`` where one of them is asked for.
         finalists: How many of the best are compared on split C.
         rounds: How often the space is searched: each further round with a bank on the
             inputs of the incumbent, and levels at half the step around it.
@@ -67,7 +67,7 @@ class SearchConfig(Part):
     disk: Bytes | None = None
     memory: Bytes | None = None
     seed: int = Field(0, ge=0)
-    sensitivity: Literal["error", "fisher", "tokens", "measured"] = "fisher"
+    sensitivity: Literal["error", "fisher", "blend", "measured"] = "fisher"
     finalists: int = Field(4, ge=1)
     rounds: int = Field(1, ge=1, le=8)
     rungs: list[Annotated[int, Field(ge=1)]] = []
@@ -110,14 +110,39 @@ class WorkersConfig(Part):
     """Who evaluates. Any of it may change when a run goes on.
 
     Attributes:
-        count: Worker processes on this machine; none by default: this process
-            evaluates by itself, one trial after the other.
-        threads: Of each worker; by default the processors are shared out.
-        time_limit: Most time that a worker may take for one measurement before it
+        engine: What evaluators run in: ``process`` for processes on this machine,
+            ``ray`` for actors on a Ray cluster, ``ray-tune`` for trials of Ray Tune.
+        count: How many. By default, this process evaluates by itself, one trial after
+            the other; with Ray, as many as the cluster has room for.
+        threads: Of each; by default the processors are shared out, and on a cluster one
+            for each processor that an evaluator asks for.
+        time_limit: Most time that one may take for one measurement before it
             counts as hanging; by default twenty times the longest so far, and ten
             minutes at the least.
+        address: The Ray cluster: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``; by
+            default one on this machine, for this run.
+        cpus: Processors that each evaluator asks Ray for; by default its threads.
+        gpus: GPUs that each asks for.
     """
 
+    engine: Literal["process", "ray", "ray-tune"] = "process"
     count: int | None = Field(None, ge=1, le=1024)
     threads: int | None = Field(None, ge=1)
     time_limit: Duration | None = None
+    address: str | None = Field(None, min_length=1)
+    cpus: float | None = Field(None, gt=0)
+    gpus: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _of_ray(self) -> Self:
+        given = [n for n in ("address", "cpus", "gpus") if getattr(self, n)]
+        if given and self.engine == "process":
+            raise ValueError(
+                f"{' and '.join(given)} belongs to Ray; add engine: ray, or ray-tune"
+            )
+        if self.engine == "ray-tune" and (self.address or "").startswith("ray://"):
+            raise ValueError(
+                "ray-tune drives from this machine, which an address of ray:// does "
+                "not allow; give auto or HOST:PORT, or take engine: ray"
+            )
+        return self

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autoprune.compression.files import TensorFiles
+from autoprune.compression.heap import give_back_free_memory
 from autoprune.errors import StoreError
 from autoprune.models.biases import bias_of, with_bias
 
@@ -23,6 +24,7 @@ MOST_MAPPED = 16_384
 """Weights that a process maps at a time: Linux allows it 65530 mappings in all."""
 
 _TOUCH_S = 60.0
+_GIVE_BACK_BYTES = 2**28
 
 
 def memory_bytes() -> int:
@@ -55,6 +57,7 @@ class WeightMemory:
         self.held_bytes = 0
         self._files = files
         self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._unpacked = 0
 
     def get(
         self,
@@ -76,12 +79,20 @@ class WeightMemory:
             self._touch(key, held, dtype)
             return held.weight
         weight = self._share(key, read, dtype) if self._files else read()
+        self._give_back(weight)
         self._held[key] = _Held(weight, time.monotonic())
         self.held_bytes += weight.nbytes
         while self._held and self._is_full():
             _, gone = self._held.popitem(last=False)
             self.held_bytes -= gone.weight.nbytes
         return weight
+
+    def _give_back(self, weight: Tensor) -> None:
+        """Return at times what unpacking leaves free in the heap: up to gigabytes."""
+        self._unpacked += weight.nbytes
+        if self._unpacked > _GIVE_BACK_BYTES:
+            give_back_free_memory()
+            self._unpacked = 0
 
     def _is_full(self) -> bool:
         too_many = bool(self._files) and len(self._held) > MOST_MAPPED

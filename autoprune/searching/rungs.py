@@ -77,10 +77,20 @@ def incumbents(trials: Sequence[Trial], objective: Objective) -> list[int]:
     return [trial.number for trial in found]
 
 
+def halving_factor(rungs: Sequence[int]) -> int:
+    """Give the factor from one rung of successive halving to the next.
+
+    Example:
+        >>> halving_factor([2, 6, 18])
+        3
+    """
+    return max(2, round((rungs[-1] / rungs[0]) ** (1 / max(1, len(rungs) - 1))))
+
+
 def make_pruner(name: Pruner, rungs: Sequence[int]) -> BasePruner | None:
     """Make Optuna's pruner of a name; None for those that are our own."""
     if name == "halving":
-        factor = max(2, round((rungs[-1] / rungs[0]) ** (1 / max(1, len(rungs) - 1))))
+        factor = halving_factor(rungs)
         return SuccessiveHalvingPruner(min_resource=rungs[0], reduction_factor=factor)
     if name == "wilcoxon":
         with warnings.catch_warnings():  # Optuna calls it experimental

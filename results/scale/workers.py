@@ -2,9 +2,9 @@
 
     python results/scale/workers.py
 
-Each worker has one thread. The space is ``quick``; the strategy draws at random, so that
-every trial costs the same whatever came before. Rounds of one and two workers take turns,
-and the first trials of each worker, which fill its memory, do not count.
+Each worker has one thread. The space is ``quick``; the strategy draws at random, so
+that every trial costs the same whatever came before. Rounds of one and two workers take
+turns; the first trials of each worker, which fill its memory, do not count.
 """
 
 import json
