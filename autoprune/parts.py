@@ -218,7 +218,9 @@ class _InTime(Ends):
         """Say why no trial is to be begun now, by the newest estimate."""
         now: Ends = self
         if self.table and self.table.budget and self.estimate:
-            deadline = self.table.end(self.share, self.estimate().total)
+            # The first trial tells what the others, and what follows, will take.
+            reserved = self.estimate().total if begun else 0.0
+            deadline = self.table.end(self.share, reserved)
             now = replace(self, deadline=deadline, table=None)
         return Ends.reason(now, begun, mean_s, waiting=waiting)
 

@@ -27,6 +27,9 @@ PASSES_OF_MIXING = 4.0
 START_S = 12.0
 """Of a fresh process, until it has loaded what it needs, beside the model itself."""
 
+PASSES_OF_DENSE = 2.0
+"""Forward passes that measuring the dense model takes: it is remembered, and measured."""
+
 RIVAL_KINDS = 5
 """Kinds of rivals that finals may have to measure beside the finalists."""
 
@@ -132,4 +135,4 @@ def window_s(
     if measured:
         spent = math.fsum(trial.timings.get("evaluate_s", 0.0) for trial in measured)
         return spent / sum(len(trial.windows) for trial in measured)
-    return (dense_s or 0.0) / fitness_windows
+    return (dense_s or 0.0) / fitness_windows / PASSES_OF_DENSE

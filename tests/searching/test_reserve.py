@@ -39,7 +39,7 @@ def test_window_costs_what_the_last_trials_say():
 
 
 def test_window_costs_what_the_dense_model_says_before_the_first_trial():
-    assert window_s([], 6.0, 4) == 1.5
+    assert window_s([], 6.0, 4) == 0.75
     assert window_s([], None, 4) == 0.0
 
 
