@@ -28,7 +28,7 @@ START_S = 12.0
 """Of a fresh process, until it has loaded what it needs, beside the model itself."""
 
 PASSES_OF_DENSE = 2.0
-"""Forward passes that measuring the dense model takes: it is remembered, and measured."""
+"""Forward passes that the dense model takes: it is remembered, and measured."""
 
 RIVAL_KINDS = 5
 """Kinds of rivals that finals may have to measure beside the finalists."""
