@@ -43,9 +43,8 @@ def test_short_night_ends_with_what_there_is(
         search={"trials": 3, "finalists": 2, "sampler": "random"},
     )
     search(config, tmp_path / "run")
-    short = config.model_copy(
-        update={"search": config.search.model_copy(update={"trials": None, "budget": 1})}
-    )
+    brief = config.search.model_copy(update={"trials": None, "budget": 1})
+    short = config.model_copy(update={"search": brief})
     began = time.monotonic()
     result = search(short, tmp_path / "run")
     assert result.ended == "time"
