@@ -2,12 +2,14 @@
 
 The variable ``TROUBLE`` says which, as ``kill``, ``hang``, ``memory``, ``exit``; it
 comes where the first block's q, k, v are stored with 3 bits. ``TROUBLE_SPARES`` is the
-process that is left alone.
+process that is left alone. Where processes live longer than a test, ``TROUBLE_FILE``
+names a file that says it. ``nap`` comes everywhere, and only takes time.
 """
 
 import os
 import signal
 import time
+from pathlib import Path
 
 from autoprune.evaluation.metric import Evidence, Metric
 from autoprune.hookspecs import hookimpl
@@ -24,9 +26,11 @@ class Trouble(Metric):
     needs_model = True
 
     def measure(self, evidence: Evidence) -> float:
-        kind = os.environ.get("TROUBLE")
+        kind = _kind()
         spared = os.environ.get("TROUBLE_SPARES") == str(os.getpid())
-        if kind and not spared and _meets(evidence):
+        if kind == "nap" and not spared:
+            time.sleep(0.5)
+        elif kind and not spared and _meets(evidence):
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif kind == "hang":
@@ -35,6 +39,11 @@ class Trouble(Metric):
                 os._exit(7)
             raise MemoryError("cannot allocate 1 TB")
         return 0.0
+
+
+def _kind() -> str | None:
+    path = Path(os.environ.get("TROUBLE_FILE", "/nowhere"))
+    return path.read_text() if path.exists() else os.environ.get("TROUBLE")
 
 
 def _meets(evidence: Evidence) -> bool:

@@ -178,8 +178,8 @@ def passing_blocks(model: Any, inventory: Inventory) -> frozenset[int]:
     if not text or not any(group.kind == BLOCK for group in inventory.groups):
         return frozenset()
     if next(model.parameters()).is_meta:  # nothing can be seen at work
-        blocks = enumerate(map(model.get_submodule, inventory.blocks))
-        return frozenset(index for index, block in blocks if not _has_bias(block))
+        each = enumerate(map(model.get_submodule, inventory.blocks))
+        return frozenset(index for index, block in each if not _has_bias(block))
     names = {parameter_of(la.name) for la in inventory.layers if la.block is not None}
     shapes = {name: model.get_parameter(name) for name in sorted(names)}
     none = {

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from autoprune.errors import RunError
 from autoprune.policy import Policy
+from autoprune.searching.books import Books
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.objective import Objective
 from autoprune.searching.problem import Problem, Proposal
@@ -81,14 +82,15 @@ class Asking:
             brief, history=self._told, pending=self._begun, slopes=slopes
         )
         self._known = {t.policy.fingerprint: len(t.windows) for t in brief.history}
-        self._distributions: dict[str, BaseDistribution] = {
+        self._distributions: dict[str, CategoricalDistribution] = {
             **brief.problem.space.distributions()
         }
+        self._kept: dict[str, Any] = {}  # of the study's attributes, in the ledger
         # Optuna tells of every study and trial; the run has its own voice.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         spread = _spread(brief.problem, objective)
         self._sampler = BudgetedSampler(self._brief, factory, spread=spread)
-        self._storage = optuna.storages.InMemoryStorage()
+        self._storage = Books()
         self._study = optuna.create_study(
             storage=self._storage,
             sampler=self._sampler,
@@ -116,25 +118,25 @@ class Asking:
             ExhaustedError: If nothing new is left.
             RunError: If the row cannot be written.
         """
-        before = self._study_attrs()
         try:
             trial, policy = self._ask(proposal[1] if proposal else None)
         except ExhaustedError:
             self._put_back()
             raise
-        after = self._study_attrs()
         row = Trial(
             number=trial.number,
             state="running",
             origin=proposal[0] if proposal else self._factory.name,
             policy=policy,
-            params=trial.params,
+            params=self._problem.space.params(policy),
             seed=derive_seed(self._seed, trial.number),
             started=utc_now(),
             finished="",
             system_attrs=self._trial_attrs(trial.number),
         )
-        self._ledger.begin(row, after if after != before else None)
+        attrs = self._study_attrs()
+        self._ledger.begin(row, attrs if attrs != self._kept else None)
+        self._kept = attrs
         self._begun.append(row)
         return Asked(trial, row, self._rung_of(trial))
 
@@ -151,8 +153,7 @@ class Asking:
             asked.trial.set_constraint(name, excess)
         trial = replace(trial, system_attrs=self._trial_attrs(trial.number))
         before = self._study_attrs()
-        changed = before != self._ledger.study_attrs
-        self._ledger.add(trial, before if changed else None)
+        self._ledger.add(trial, before if before != self._kept else None)
         self._begun.remove(asked.row)
         insort(self._told, self._objective.minimised(trial), key=_number)
         self._known[trial.policy.fingerprint] = len(trial.windows)
@@ -164,17 +165,28 @@ class Asking:
         attrs = self._trial_attrs(trial.number)
         if after != before or attrs != trial.system_attrs:
             self._ledger.amend(trial.number, attrs, after)
+        self._kept = after
         return trial
 
     def _ask(self, given: Policy | None) -> tuple[optuna.Trial, Policy]:
         if given is not None:
             self._sampler.give(self._problem.space.params(given))
-        asked = self._study.ask(self._distributions)
-        policy = self._problem.space.policy(asked.params)
+        asked, params = self._suggested()
+        policy = self._problem.space.policy(params)
         # A space without any choice: Optuna asks no sampler.
         if self.knows(policy) and not self._wants_more(asked, policy):
             raise ExhaustedError(f"the only policy of the space is measured: {policy}")
         return asked, policy
+
+    def _suggested(self) -> tuple[optuna.Trial, dict[str, Any]]:
+        """Ask for a trial, with its parameters all at once; see ``Books``."""
+        asked = self._study.ask()
+        choices = self._distributions.items()
+        free = any(not choice.single() for _, choice in choices)
+        drawn = asked.relative_params if free else {}
+        params = {n: drawn[n] if n in drawn else c.choices[0] for n, c in choices}
+        self._storage.set_trial_params(asked._trial_id, params, self._distributions)
+        return asked, params
 
     def _put_back(self) -> None:
         """Let the next trial have the number of one that found nothing to propose."""
@@ -214,12 +226,13 @@ class Asking:
                 self._study.add_trial(self._as_finished(trial))
         for key, value in self._ledger.study_attrs.items():
             self._storage.set_study_system_attr(self._study_id, key, value)
+        self._kept = self._study_attrs()
         return orphans
 
     def _ask_again(self, row: Trial) -> Asked:
         """Ask for what a trial was begun with: Optuna takes it for a running one."""
         self._sampler.give(dict(row.params))
-        trial = self._study.ask(self._distributions)
+        trial, _ = self._suggested()
         for key, value in row.system_attrs.items():
             self._storage.set_trial_system_attr(trial._trial_id, key, value)
         self._begun.append(row)

@@ -139,8 +139,11 @@ class Search:
     def _give_out(self) -> Reason | None:
         """Give idle workers something to do, until there is a reason not to."""
         for worker in self._crew.idle():
+            busy = self.busy
             if ended := self.begin(worker):
                 return ended
+            if self.busy == busy:  # nothing for this one, so for none: until one ends
+                return None
         return None
 
     def begin(self, worker: int) -> Reason | None:

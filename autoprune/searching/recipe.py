@@ -85,6 +85,8 @@ class Kitchen:
         if self._first is None:
             config = RunConfig.from_dict(dict(recipe.config), "the run's configuration")
             self._first = Plan.make(config, load_plugins(config.plugins))
+            if config.workers.count != 1:  # others on this machine map the same files
+                self._first.bench.store.share_weights()
         plan = self._first
         for incumbent in recipe.incumbents:
             plan = plan.around(Policy.from_dict(incumbent))

@@ -84,7 +84,9 @@ def halving_factor(rungs: Sequence[int]) -> int:
         >>> halving_factor([2, 6, 18])
         3
     """
-    return max(2, round((rungs[-1] / rungs[0]) ** (1 / max(1, len(rungs) - 1))))
+    steps = max(1, len(rungs) - 1)
+    factor: float = (rungs[-1] / rungs[0]) ** (1 / steps)
+    return max(2, round(factor))
 
 
 def make_pruner(name: Pruner, rungs: Sequence[int]) -> BasePruner | None:

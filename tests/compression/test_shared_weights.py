@@ -254,3 +254,16 @@ def test_two_processes_make_and_map_the_same_at_once(tmp_path: Path) -> None:
     assert outputs[0][:3] == outputs[0][3:]
     assert len(set(outputs[0])) == 3
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_what_unpacking_leaves_free_is_given_back_at_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(module, "give_back_free_memory", lambda: calls.append(True))
+    monkeypatch.setattr(module, "_GIVE_BACK_BYTES", 100)
+    memory = WeightMemory(10**6)
+    for key in ("aa", "bb", "cc", "aa", "dd", "ee"):  # 48 bytes each; "aa" is held
+        memory.get(key, lambda: torch.ones(3, 4))
+        calls.append(False)
+    assert calls == [False, False, True, False, False, False, False]

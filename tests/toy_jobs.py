@@ -1,0 +1,95 @@
+"""Jobs and evaluators without a model: for crews whose workers load nothing."""
+
+import os
+import signal
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from autoprune.errors import RunError
+from autoprune.searching.remote import RemoteEvaluator
+from autoprune.searching.worker import Done, Ready
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe without anything to cook."""
+
+    threads: int = 1
+    memory: int | None = None
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Does one thing, and gives what it was told to give."""
+
+    kind: str = "give"
+    gives: Any = None
+
+    def run(self, evaluator: Any) -> Any:
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.kind == "exit":
+            sys.exit(7)
+        elif self.kind == "sleep":
+            time.sleep(self.gives)
+        elif self.kind == "raise":
+            raise ValueError(self.gives)
+        elif self.kind == "environment":
+            return dict(os.environ)
+        return self.gives
+
+
+class Light(RemoteEvaluator):
+    """An evaluator that is ready at once."""
+
+    def make(self, recipe: Any) -> Any:
+        return recipe
+
+
+class Dying(RemoteEvaluator):
+    """An evaluator that dies while it loads."""
+
+    def make(self, recipe: Any) -> Any:
+        os._exit(7)
+
+
+class Differing(RemoteEvaluator):
+    """An evaluator that refuses, but for the first on a machine."""
+
+    def make(self, recipe: Any) -> Any:
+        try:
+            os.close(os.open(recipe.fingerprint, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            raise RunError("the worker differs from the driver") from None
+        return recipe
+
+
+class Instant(RemoteEvaluator):
+    """An evaluator that gives a number at once, from the policy alone."""
+
+    def make(self, recipe: Any) -> Any:
+        return self
+
+    def measure(self, policy: Any, windows: Any = None, *, near: Any = None) -> Any:
+        from autoprune.searching.trial import Score
+
+        return Score({"kl": zlib.crc32(policy.fingerprint.encode()) / 2**32})
+
+
+def serve() -> None:
+    """Serve a ``ProcessCrew`` from a process that loads nothing."""
+    connection: Connection[Any, Any] = Connection(int(sys.argv[-1]))
+    evaluator = Instant()
+    connection.recv()
+    connection.send(Ready())
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        connection.send(Done(job.run(evaluator)))
