@@ -152,7 +152,9 @@ def test_owl_agrees_with_its_definition(
     check(ladder, found)
 
 
-@pytest.mark.parametrize("formula", [HessianTrace(), HessianEigenvalue()], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "formula", [HessianTrace(), HessianEigenvalue()], ids=lambda one: one.name
+)
 def test_hessians_agree_with_their_definition(
     formula: Any, plan: Plan, ladder: Ladder, inputs: dict[str, torch.Tensor]
 ) -> None:
