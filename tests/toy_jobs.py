@@ -1,10 +1,14 @@
-"""Jobs and evaluators without a model: for crews whose workers load nothing."""
+"""What runs in workers that load no model, nor anything of ours that is heavy.
+
+What their driver gives out is in ``toy_orders``.
+"""
 
 import os
 import signal
 import sys
 import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,20 +19,18 @@ from autoprune.searching.worker import Done, Ready
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A recipe without anything to cook."""
+class PlainRecipe:
+    """A recipe, as it reaches a worker."""
 
-    threads: int = 1
-    memory: int | None = None
-    fingerprint: str = ""
+    fingerprint: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
-    """Does one thing, and gives what it was told to give."""
+class PlainJob:
+    """A job, as it reaches a worker."""
 
-    kind: str = "give"
-    gives: Any = None
+    kind: str
+    gives: Any
 
     def run(self, evaluator: Any) -> Any:
         if self.kind == "kill":
@@ -63,7 +65,7 @@ class Differing(RemoteEvaluator):
 
     def make(self, recipe: Any) -> Any:
         try:
-            os.close(os.open(recipe.fingerprint, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(recipe.fingerprint["path"], os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             raise RunError("the worker differs from the driver") from None
         return recipe

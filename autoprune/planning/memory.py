@@ -14,6 +14,9 @@ from autoprune.searching.sensitivity import GRADIENTS
 
 FLOAT, HALF = 4, 2
 
+LIBRARIES = 16e6
+"""Bytes that libraries keep once they work, whatever the model (measured)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -175,8 +178,8 @@ def max_settings(work: Work) -> int:
 def pass_bytes(work: Work, settings: int, *, tokens: int | None = None) -> float:
     """Tell the most that a pass over the blocks takes: flat in depth.
 
-    The Hessians that are left of a block, the factor of one of them, and for every
-    layer and setting the weights in float32, their errors and a mask; beside them the
+    The Hessians that are left of a block, the factor of one of them, the weights, and
+    for every setting their errors in float32, the outcome and a mask; beside them the
     weights of a block of the policy that leads the pass, and all hidden states twice.
 
     Args:
@@ -201,13 +204,13 @@ def pass_bytes(work: Work, settings: int, *, tokens: int | None = None) -> float
         # Parts of at most so many bytes of errors are swept at a time.
         errors = min(FLOAT * stacked * settings, max(CHUNK_BYTES, FLOAT * stacked))
         made = stacked * settings * (HALF + 1)
-        most = max(most, waiting + factor + FLOAT * stacked + errors + made)
+        most = max(most, waiting + factor + HALF * stacked + errors + made)
     if not inputs:
         most = max((layer.numel * 4.0 * FLOAT for layer in block), default=0.0)
     weights = sum(layer.numel for layer in block) * HALF
     seen = work.tokens("statistics") if tokens is None else tokens
     hidden = 2 * seen * work.outlined.hidden * _item(work)
-    return float(most + weights + hidden)
+    return float(LIBRARIES + most + weights + hidden)
 
 
 def _item(work: Work) -> int:

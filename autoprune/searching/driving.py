@@ -152,7 +152,8 @@ class Search:
         if waiting or begun != self._cleared:  # asked once for each trial
             if ended := self._ends.reason(begun, self._mean_s(), waiting=waiting):
                 return ended
-            self._cleared = begun
+            # One that is begun again counts already: it clears no new one.
+            self._cleared = -1 if waiting else begun
         if self._again:
             self._start(worker, self._once_more(self._again.pop(0)))
             return None

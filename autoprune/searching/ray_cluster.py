@@ -89,13 +89,17 @@ class Cluster:
                 _join(address, undo)
             return cls(address or "the local cluster", undo.pop_all())
 
-    def room(self, cpus: float, gpus: float) -> int:
+    def room(self, cpus: float, gpus: float) -> int | None:
         """Count the evaluators that all nodes have room for, whoever is there now.
 
+        Returns:
+            Their number; None while the head of the cluster is away.
+
         Raises:
-            RunError: If the cluster is gone.
+            RunError: If it has been away for long: the cluster is gone.
         """
-        self._check()
+        if not self._answers():  # Ray would wait, and then end the process
+            return None
         return sum(
             _fitting(node["Resources"], cpus, gpus)
             for node in self._call(ray.nodes)
@@ -111,11 +115,11 @@ class Cluster:
         """Leave the cluster; end it if it is our own. Twice does no harm."""
         self._undo.close()
 
-    def _check(self) -> None:
-        """Raise if the head has not answered for long."""
+    def _answers(self) -> bool:
+        """Tell whether the head answers; raise if it has not for long."""
         client: Any = ray.util.client.ray
         if client.is_connected():
-            return  # calls of such a connection fail by themselves
+            return True  # calls of such a connection fail by themselves
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=1.0).close()
@@ -125,8 +129,9 @@ class Cluster:
                     f"{self.name} is gone: its head at {host}:{port} does not answer "
                     f"({error}). No finished trial is lost; the same command goes on"
                 ) from error
-        else:
-            self._heard = time.monotonic()
+            return False
+        self._heard = time.monotonic()
+        return True
 
     def _call(self, ask: Callable[[], Any]) -> Any:
         try:

@@ -158,6 +158,8 @@ class RayCrew(Crew):
             return
         room = self._cluster.room(*self._asked)
         self._looked = time.monotonic()
+        if room is None:
+            return
         wanted = room if self._count is None else self._count
         for number in range(wanted):
             if len(self._actors) < wanted and number not in self._actors:

@@ -1,5 +1,6 @@
 """Our strategies as a searcher of Ray Tune, and our judge as one of its schedulers."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,7 @@ class PolicySearcher(Searcher):
         self._crew = crew
         self._workers: dict[str, int] = {}
         self._heard: dict[str, int] = {}
+        self._since: dict[str, float] = {}
         self.reason: Reason | None = None
         self.error: Exception | None = None
         self.judges = not (search.rungs and search.pruner == "halving")
@@ -88,7 +90,7 @@ class PolicySearcher(Searcher):
     def _config(self, trial_id: str, worker: int, job: Measure) -> dict[str, Any]:
         rung, rungs = self._search.rung_of(worker), self._search.rungs
         climbs = [*rungs[:-1], None] if rungs and rung is None else [job.windows]
-        self._workers[trial_id] = worker
+        self._workers[trial_id], self._since[trial_id] = worker, time.monotonic()
         return {
             "policy": pack(job.policy),
             "near": pack(job.near) if job.near else None,
@@ -107,7 +109,7 @@ class PolicySearcher(Searcher):
         worker = self._workers[trial_id]
         steps = result["training_iteration"]
         if self._heard.get(trial_id) != steps:
-            self._heard[trial_id] = steps
+            self._heard[trial_id], self._since[trial_id] = steps, time.monotonic()
             self._crew.timed(result["time_this_iter_s"])
             if self.judges or "error" in result or "refused" in result:
                 self._tell(worker, result)
@@ -120,8 +122,10 @@ class PolicySearcher(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """End a trial, with what it scored last; its death is heard of elsewhere."""
-        if error or result is None or not self.goes_on(trial_id, result):
+        if error or not result or not self.goes_on(trial_id, result):
             return
+        if self.error is not None:
+            return  # all ends; the trial is begun again when the run goes on
         worker = self._workers[trial_id]
         score, rungs = result["score"], self._search.rungs
         whole = not rungs or len(score.windows) == rungs[-1]
@@ -132,7 +136,9 @@ class PolicySearcher(Searcher):
         """Hear that a trial's actor is gone."""
         if trial_id not in self._workers:
             return
-        worker = self._workers[trial_id]
+        worker, limit = self._workers[trial_id], self._crew.limit
+        if time.monotonic() - self._since[trial_id] >= limit:
+            why = f"no answer in {limit:.0f} s; stopped"
         self._guarded(lambda: self._search.hear(Outcome(worker, lost=why)))
         self._forget(trial_id)
 
@@ -153,6 +159,7 @@ class PolicySearcher(Searcher):
     def _forget(self, trial_id: str) -> None:
         worker = self._workers.pop(trial_id)
         self._heard.pop(trial_id, None)
+        self._since.pop(trial_id)
         self._crew.given.pop(worker, None)
 
     def _hear_slopes(self, seconds: float) -> None:

@@ -138,15 +138,19 @@ class TunedCrew(Relay):
         """
         searcher = PolicySearcher(search, self)
         places = self._places()
+        failed: Exception | None = None
         with _environment(_SETTINGS):
-            self._tuner(search, searcher, places).fit()
+            try:
+                self._tuner(search, searcher, places).fit()
+            except Exception as error:
+                failed = error
         if searcher.error is not None:
             raise searcher.error
         if searcher.reason is None:
             raise RunError(
-                "Ray Tune ended before the search did. No finished trial is lost; the "
-                "same command goes on"
-            )
+                f"Ray Tune ended before the search did{': ' if failed else ''}"
+                f"{failed or ''}. No finished trial is lost; the same command goes on"
+            ) from failed
         return searcher.reason
 
     def close(self) -> None:
@@ -168,7 +172,8 @@ class TunedCrew(Relay):
 
     def _places(self) -> int:
         """Tell how many trials run side by side."""
-        room = self._cluster.room(self._cpus, self._asked.gpus) - self._beside
+        found = self._cluster.room(self._cpus, self._asked.gpus) or 0
+        room = found - self._beside
         if room < 1:
             slopes = " and one more that takes slopes" if self._beside else ""
             raise RunError(
@@ -221,8 +226,8 @@ class _Watch(tune.Callback):
         self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any
     ) -> None:
         """Hear that a trial's actor is gone. Called by Tune."""
-        error = trial.get_pickled_error() or trial.get_error()
-        self._searcher.lose(trial.trial_id, cause_of(error))
+        said = Path(trial.error_file).read_text() if trial.error_file else ""
+        self._searcher.lose(trial.trial_id, cause_of(RuntimeError(said)))
 
     def on_step_end(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
         """Look whether trials find no place. Called by Tune, ten times a second."""

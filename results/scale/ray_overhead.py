@@ -26,9 +26,10 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
 import optuna  # noqa: E402
-from toy_jobs import Instant, Job, Light, Recipe  # noqa: E402
+from toy_jobs import Instant, Light  # noqa: E402
+from toy_orders import Job, no_recipe  # noqa: E402
 
-from autoprune.policy import Action, Layer, Site  # noqa: E402
+from autoprune.policy import Action, Layer, Policy, Site  # noqa: E402
 from autoprune.search_config import WorkersConfig  # noqa: E402
 from autoprune.searching import workers  # noqa: E402
 from autoprune.searching.crew import Crew, LocalCrew  # noqa: E402
@@ -39,9 +40,11 @@ from autoprune.searching.problem import Problem  # noqa: E402
 from autoprune.searching.ray_cluster import Cluster  # noqa: E402
 from autoprune.searching.ray_engine import RayCrew  # noqa: E402
 from autoprune.searching.ray_tune import TunedCrew  # noqa: E402
+from autoprune.searching.slopes import SiteSlopes  # noqa: E402
 from autoprune.searching.space import SearchSpace  # noqa: E402
 from autoprune.searching.strategies import SamplerFactory  # noqa: E402
 from autoprune.searching.study import run_study  # noqa: E402
+from autoprune.searching.trial import Evaluator, Score  # noqa: E402
 
 SLEEP_S = 2.0
 SITES = 30
@@ -49,6 +52,21 @@ RESULT = Path(__file__).parent / "ray.json"
 RANDOM = SamplerFactory(
     "random", lambda brief: optuna.samplers.RandomSampler(seed=brief.seed)
 )
+
+
+class Here(Evaluator):
+    """The same as ``Instant``, for this process."""
+
+    def measure(
+        self, policy: Policy, windows: int | None = None, *, near: Policy | None = None
+    ) -> Score:
+        """Give a number."""
+        found: Score = Instant().measure(policy)
+        return found
+
+    def slopes(self, policy: Policy, **asked: Any) -> SiteSlopes:
+        """Refuse."""
+        raise AssertionError("random search asks for no slopes")
 
 
 def make_problem() -> Problem:
@@ -93,7 +111,7 @@ def rate(crew: Crew, size: int, rounds: int) -> dict[str, float]:
     while done < wanted:
         for worker in crew.idle():
             if left:
-                crew.submit(worker, Job("sleep", SLEEP_S))  # type: ignore[arg-type]
+                crew.submit(worker, Job("sleep", SLEEP_S))
                 left -= 1
         done += len(crew.wait(1.0))
     seconds = time.perf_counter() - ready
@@ -106,21 +124,25 @@ def rate(crew: Crew, size: int, rounds: int) -> dict[str, float]:
 def processes(size: int, folder: Path) -> Crew:
     """Make workers of this machine that load nothing."""
     workers._START = "from toy_jobs import serve; serve()"
-    return workers.ProcessCrew(Recipe(), size, folder)  # type: ignore[arg-type]
+    return workers.ProcessCrew(no_recipe(), size, folder)
 
 
 def on_ray(size: int, evaluator: Any, cluster: Cluster, cpus: float) -> RayCrew:
     """Make actors that load nothing."""
-    recipe: Any = Recipe()
-    return RayCrew(recipe, cluster, count=size, cpus=cpus, evaluator=evaluator)
+    return RayCrew(no_recipe(), cluster, count=size, cpus=cpus, evaluator=evaluator)
 
 
 def tuned(size: int, cluster: Cluster, folder: Path) -> TunedCrew:
     """Make trials of Tune that load nothing."""
-    recipe: Any = Recipe()
     asked = WorkersConfig(engine="ray-tune", count=size)
     return TunedCrew(
-        recipe, cluster, folder, asked=asked, cpus=1, beside=0, evaluator=Instant
+        no_recipe(),
+        cluster,
+        folder,
+        asked=asked,
+        cpus=1,
+        beside=0,
+        evaluator=Instant,
     )
 
 
@@ -139,7 +161,7 @@ def main() -> None:
     asked = parser.parse_args()
     found: dict[str, Any] = {}
     found["overhead_ms"] = overhead = {}
-    overhead["this process"] = trial_ms(LocalCrew(Instant()), asked.trials)  # type: ignore[arg-type]
+    overhead["this process"] = trial_ms(LocalCrew(Here()), asked.trials)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with processes(1, folder) as crew:

@@ -15,8 +15,8 @@ import pytest
 import ray
 import yaml
 from tiny_runs import config_of, space_of, write_text
-from toy_jobs import Differing, Dying, Job, Light
-from toy_jobs import Recipe as NoRecipe
+from toy_jobs import Differing, Dying, Light
+from toy_orders import Job, no_recipe
 
 from autoprune.config import RunConfig
 from autoprune.errors import ConfigError, PluginError, RunError
@@ -89,7 +89,7 @@ def meets_trouble(trial):
 
 
 def light(cluster, *, count=1, cpus=1, evaluator=Light, recipe=None, **settings):
-    recipe = recipe or NoRecipe()
+    recipe = recipe or no_recipe()
     return RayCrew(
         recipe, cluster, count=count, cpus=cpus, evaluator=evaluator, **settings
     )
@@ -206,7 +206,7 @@ def test_actors_that_die_before_they_are_ready_are_not_begun_for_ever(cluster):
 
 
 def test_late_actor_that_differs_is_left_out(cluster, tmp_path, caplog):
-    recipe = NoRecipe(fingerprint=str(tmp_path / "first"))
+    recipe = no_recipe(path=str(tmp_path / "first"))
     with light(cluster, evaluator=Differing, recipe=recipe) as crew:
         until_idle(crew)
         crew._count = 2  # a node joins
@@ -365,20 +365,59 @@ def test_nothing_is_left_changed_and_no_file_behind(tmp_path_factory):
     assert during[-1] == []
 
 
+HEADLESS = """
+import os, time
+from pathlib import Path
+from toy_jobs import Light
+from toy_orders import no_recipe
+from autoprune.searching import ray_cluster
+from autoprune.searching.ray_engine import RayCrew
+
+ray_cluster.SILENT_S = 6.0
+cluster = ray_cluster.Cluster.open(None)
+crew = RayCrew(no_recipe(), cluster, count=1, cpus=1, evaluator=Light)
+while not crew.idle():
+    crew.wait(1.0)
+for process in Path("/proc").glob("[0-9]*"):
+    try:
+        ours = (process / "stat").read_text().split()[3] == str(os.getpid())
+        if ours and "gcs_server" in (process / "cmdline").read_text():
+            os.kill(int(process.name), 9)
+    except OSError:
+        pass
+began = time.monotonic()
+try:
+    while True:
+        crew.wait(1.0)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+crew.close()
+print(f"left after {time.monotonic() - began:.0f} s")
+"""
+
+
+def test_cluster_that_is_gone_is_told_before_ray_ends_the_process():
+    said = run_python(HEADLESS, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    told = r"RunError: the local cluster is gone: its head at .* does not answer"
+    assert re.search(told, said), said
+    assert int(re.search(r"left after (\d+) s", said)[1]) < 60
+
+
 class Node:
     """A node of a cluster, in a session of its own."""
 
     def __init__(self, folder, *arguments):
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
-                *("--disable-usage-stats", "--object-store-memory=80000000"),
-                *arguments,
-            ],
-            stdout=(folder / "nodes.log").open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with (folder / "nodes.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+                    *("--disable-usage-stats", "--object-store-memory=80000000"),
+                    *arguments,
+                ],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def kill(self):
         """Kill it and all that it started, as a power cut does."""
@@ -442,27 +481,32 @@ def test_killed_driver_and_killed_nodes_lose_and_double_nothing(
     command += ["--run", str(run), "--engine", "ray", "--address", address]
 
     def start_driver():
-        log = (tmp_path / "driver.log").open("ab")
-        return subprocess.Popen(command, stdout=log, stderr=log)
+        with (tmp_path / "driver.log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
+
+    def heard():
+        path = tmp_path / "witness"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_for(trials):
+        wait_until(lambda: len(heard()) >= trials or driver.poll() is not None, 600)
 
     def finished():
-        if not (run / "ledger.sqlite").exists():
-            return []
         with Ledger.read(run) as ledger:
             return ledger.trials()
 
     driver = start_driver()
-    wait_until(lambda: len(finished()) >= 4 or driver.poll() is not None)
+    wait_for(4)
     driver.kill()
     driver.wait()
     kept = {row.number: row.finished for row in finished()}
     assert len(kept) >= 4
 
     driver = start_driver()
-    wait_until(lambda: len(finished()) >= 12 or driver.poll() is not None)
+    wait_for(12)
     first.kill()  # in the middle of a trial: they take all of its time
     third = start_node()
-    wait_until(lambda: len(finished()) >= 18 or driver.poll() is not None)
+    wait_for(18)
     second.kill()
     assert driver.wait(timeout=600) == 0, (tmp_path / "driver.log").read_text()
     rows = trials_of(run)
@@ -471,5 +515,4 @@ def test_killed_driver_and_killed_nodes_lose_and_double_nothing(
     assert {row.state for row in rows} == {"complete"}
     assert kept.items() <= {row.number: row.finished for row in rows}.items()
     assert max(row.attempts for row in rows) == 2
-    heard = (tmp_path / "witness").read_text().splitlines()
-    assert sorted(heard) == sorted(f"run {number}" for number in range(40))
+    assert sorted(heard()) == sorted(f"run {number}" for number in range(40))

@@ -5,6 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from toy_evaluators import FormulaEvaluator, ShuffledCrew
+
+from autoprune.plugins import load_plugins
+from autoprune.searching.ends import Ends
+from autoprune.searching.ledger import Ledger
+from autoprune.searching.objective import Objective
+from autoprune.searching.strategies import (
+    ExhaustedError,
+    PolicySampler,
+    SamplerFactory,
+)
+from autoprune.searching.study import run_study
 
 RESULTS = Path(__file__).parents[2] / "results" / "scale"
 
@@ -43,9 +55,8 @@ def test_equal_jobs_go_in_step(simulate, workers):
     assert found["driver_busy"] == 0.0
     assert found["ideal_per_hour"] == 360 * workers
     assert found["states"] == {"complete": 24} and found["losses"] == 0
-    # In the time of a trial all others of its turn end: workers - 1 on the average
-    # between its proposal and its result, but half of them come after it.
-    assert found["between_mean"] == pytest.approx((workers - 1) / 1, abs=1.6)
+    # All end at once and are told one by one: 0, 1, 2 and 3 came between.
+    assert found["between_mean"] == pytest.approx((workers - 1) / 2)
 
 
 @pytest.mark.usefixtures("equal_times")
@@ -74,3 +85,48 @@ def test_a_clock_goes_on_by_what_the_driver_takes(simulate):
     still.reach(5.0)
     still.reach(3.0)
     assert still.now() == 5.0
+
+
+def test_a_strategy_without_ideas_is_asked_once_an_event(tmp_path, problem_of):
+    """Not once for every idle worker: at 512 of them that takes longer than trials."""
+    asked = []
+
+    class Few(PolicySampler):
+        def propose(self):
+            asked.append(len(self.brief.history))
+            if len(asked) > 12:
+                raise ExhaustedError("nothing comes to mind")
+            return self.brief.rng().integers(8, size=len(self.space.sites)), {}
+
+    problem = problem_of(24, 8)
+    crew = ShuffledCrew(FormulaEvaluator(lambda policy: {"kl": 1.0}), 40)
+    with Ledger.open(tmp_path, {}) as ledger:
+        reason = run_study(
+            problem,
+            crew,
+            ledger=ledger,
+            sampler=SamplerFactory("few", Few),
+            objective=Objective((("kl", "minimize"),)),
+            seed=0,
+            ends=Ends(100),
+        )
+        assert reason == "exhausted" and len(ledger.trials()) == 12
+    assert len(asked) == 12 + 1 + 12  # each trial, then once in vain, then at each end
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_trials_that_are_begun_again_let_no_more_in(tmp_path, problem_of, seed):
+    problem = problem_of(24, 8)
+    formula = FormulaEvaluator(lambda policy: {"kl": 1.0})
+    crew = ShuffledCrew(formula, 6, seed=seed, lost=0.3)
+    with Ledger.open(tmp_path, {}) as ledger:
+        run_study(
+            problem,
+            crew,
+            ledger=ledger,
+            sampler=load_plugins().objects["samplers"]["random"],
+            objective=Objective((("kl", "minimize"),)),
+            seed=0,
+            ends=Ends(20),
+        )
+        assert len(ledger.trials()) == 20
