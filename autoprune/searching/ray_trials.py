@@ -84,6 +84,7 @@ def pack(policy: Policy) -> str:
     """Write a policy shortly: Tune keeps several copies of every configuration.
 
     Example:
+        >>> from autoprune.policy import Action
         >>> policy = Policy({"blocks.0.up": Action.parse("rtn(bits=4)")})
         >>> unpack(pack(policy)) == policy
         True
