@@ -229,7 +229,10 @@ def checksum(tensors: Mapping[str, Tensor], facts: str = "") -> str:
         tensor = tensors[name].contiguous()
         total.update(f";{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         if tensor.numel():  # torch cannot view nothing as bytes
-            total.update(tensor.flatten().view(torch.uint8).numpy().data)
+            flat = tensor.flatten()
+            if flat.numel() == 1:  # an expanded one counts as contiguous, at stride 0
+                flat = flat.repeat(1)
+            total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -26,6 +26,8 @@ def digest(weight: Tensor) -> str:
     for piece in plain.contiguous().flatten().split(_PIECE):
         if piece.is_floating_point():
             piece = piece + torch.zeros((), dtype=piece.dtype)
+        if piece.numel() == 1:  # an expanded one counts as contiguous, at stride 0
+            piece = piece.repeat(1)
         hashes.update(piece.view(torch.uint8).numpy().data)
     return hashes.hexdigest()
 

@@ -146,7 +146,10 @@ class _WeightFile:
         """Write a tensor, once."""
         self._file.seek(self._places.pop(name))
         plain = tensor.detach().cpu().contiguous().flatten()
-        self._file.write(plain.view(torch.uint8).numpy().data)
+        if plain.stride() != (1,):  # expanded ones of one number or none
+            plain = plain.repeat(1)
+        if plain.numel():  # torch cannot view nothing as bytes
+            self._file.write(plain.view(torch.uint8).numpy().data)
         if not self._places:
             self.close()
 

@@ -90,6 +90,7 @@ def measure_run(space: str, scratch: Path) -> dict[str, Any]:
         def close(self) -> None:
             if self.stages and self.stages[-1]["cpu_s"] < 0:
                 self.stages[-1]["cpu_s"] += cpu_seconds()
+                sys.stderr.write(f"  {self.stages[-1]}\n")
 
         def _watch(self) -> None:
             while not self._ended.wait(PERIOD_S):
