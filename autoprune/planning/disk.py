@@ -35,6 +35,20 @@ def variants_bytes(outlined: Outlined, derived: Mapping[str, str]) -> int:
     return found
 
 
+def anew_bytes(outlined: Outlined) -> int:
+    """Tell the most that finalists add which are solved on their own inputs.
+
+    They are two, the best and its rival, unless one is both.
+    """
+    actions, most = outlined.bench.actions, dict[Layer, int]()
+    for layer, action in pairs_of(outlined):
+        if actions.needs(action):
+            size = file_bytes(layer, action, actions.storage(layer, action), None)
+            most[layer] = max(size, most.get(layer, 0))
+    refined = outlined.config.search.refine != "none"
+    return 2 * sum(most.values()) if refined else 0
+
+
 def pairs_of(outlined: Outlined) -> list[tuple[Layer, Action]]:
     """List every variant of the space: a layer under an action."""
     space = outlined.problem.space

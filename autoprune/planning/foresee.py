@@ -137,6 +137,7 @@ def foresee(
         worker,
         {
             "variants": disk.variants_bytes(outlined, derived),
+            "finalists solved anew": disk.anew_bytes(outlined),
             "teachers": disk.teachers_bytes(outlined, rates.compute),
             "ledger": disk.ledger_bytes(outlined, trials),
             "export": disk.export_bytes(outlined)[1] if export else 0,

@@ -17,6 +17,10 @@ PRECISION_WINDOWS = 16
 PROPOSAL_S = 0.05
 """What a proposal costs at most; see ``results/search/overhead.json``."""
 
+VERIFYING = 3.0
+"""Measurements of the report split that verifying an export is worth; as in
+``searching.reserve``."""
+
 MIXES = 3
 """Mixes of two solutions that are measured on the choice split."""
 
@@ -151,7 +155,7 @@ def exporting(work: Work) -> Span:
     weights = sum(layer.numel for layer in work.outlined.bench.layers)
     fresh = work.rates.other(float(work.rates.record["start_s"]))
     reading = work.read(4.0 * weights) + work.rates.written(largest)
-    return fresh + reading + work.measured(work.tokens("report"))
+    return fresh + reading + work.measured(work.tokens("report")) * VERIFYING
 
 
 def _dearest(work: Work) -> list[tuple[Layer, Action]]:

@@ -2,7 +2,7 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +14,7 @@ from autoprune.searching.crew import Crew, Measure, Outcome
 from autoprune.searching.driving import POLL_S, Search
 from autoprune.searching.ends import Reason
 from autoprune.searching.ray_trials import TIME, VALUE, pack
+from autoprune.searching.rows import Trial
 from autoprune.searching.rungs import halving_factor, intermediate
 
 
@@ -204,7 +205,11 @@ def scheduler_of(search: Search, searcher: PolicySearcher) -> TrialScheduler:
     """Make what ends trials at rungs: Tune's ASHA for ``halving``, else our judge."""
     if searcher.judges:
         return RungScheduler(searcher)
-    rungs = search.rungs
+    return halving(search.rungs, search.history)
+
+
+def halving(rungs: Sequence[int], history: Sequence[Trial]) -> TrialScheduler:
+    """Make Tune's ASHA on our rungs, which knows the trials that the ledger has."""
     asha: Any = ASHAScheduler(
         time_attr=TIME,
         metric=VALUE,
@@ -213,7 +218,7 @@ def scheduler_of(search: Search, searcher: PolicySearcher) -> TrialScheduler:
         max_t=rungs[-1],
         reduction_factor=halving_factor(rungs),
     )
-    for row in search.history:  # it shall know what the ledger knows
+    for row in history:
         known: Any = SimpleNamespace(trial_id=f"row {row.number}")
         asha.on_trial_add(None, known)
         for seen, value in intermediate("halving", row, rungs).items():

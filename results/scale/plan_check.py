@@ -1,12 +1,10 @@
 """Compares what ``autoprune plan`` says with runs that were measured.
 
-    python results/scale/plan_check.py                   # the comparison, in seconds
-    python results/scale/plan_check.py --measure quick   # a run, in CPU minutes
-    python results/scale/plan_check.py --measure 1b      # a pass over 2 blocks of 1B
+    python results/scale/plan_check.py [--measure quick | --measure 1b]
 
 A run is measured in a fresh cache, on one thread, by its CPU time (the machine may be
-busy), stage by stage: seconds, the most memory, and what it leaves on the disk. The
-pass over two blocks of the shape of Llama-3.2-1B is ``results/memory``'s. Measurements
+busy), stage by stage: seconds, the most memory, and what it leaves on disk. The pass
+over two blocks of the shape of Llama-3.2-1B is ``results/memory``'s. Measurements
 are files in ``measured/``, kept until they are deleted; ``plan_check.json`` has what
 was predicted, what was measured, and the ratio of the two.
 """
@@ -29,16 +27,11 @@ HERE = Path(__file__).parent
 MEASURED = HERE / "measured"
 sys.path[:0] = [str(ROOT / "results" / "memory")]
 
-TRIALS = 24
-"""Of the run that is measured."""
+TRIALS, PERIOD_S = 24, 0.01
+"""Of the run that is measured; and between two looks at its memory."""
 
-PERIOD_S = 0.01
-
-BLOCKS = 2
-"""Of the shape of 1B over which a pass is measured."""
-
-TOKENS = 8 * 128
-"""That ``results/memory`` passes over blocks."""
+BLOCKS, TOKENS = 2, 8 * 128
+"""Of the pass that is measured."""
 
 STAGES: dict[str, str | tuple[str, ...]] = {
     "load": "loading",
@@ -192,6 +185,7 @@ def _row(what: str, foreseen: float, measured: float) -> dict[str, Any]:
 def _run(measured: dict[str, Any]) -> dict[str, Any]:
     """Compare a whole run: seconds by phase, memory, bytes on the disk."""
     from autoprune.config import RunConfig
+    from autoprune.planning.disk import file_bytes
     from autoprune.planning.foresee import foresee
     from autoprune.planning.outlined import Outlined
     from autoprune.plugins import load_plugins
@@ -214,14 +208,22 @@ def _run(measured: dict[str, Any]) -> dict[str, Any]:
     rows.append(_row("in all", told.busy.middle, sum(spent.values())))
     peak = max(stage["anon_bytes"] for stage in measured["stages"])
     bench = Outlined.of(config, plugins).bench
-    storages = bench.storages(Policy.from_dict(measured["policy"]))
+    policy = Policy.from_dict(measured["policy"])
+    storages = bench.storages(policy)
     export = bench.exporter.size_bytes(storages, bench.untouched)
     sizes = measured["disk_bytes"]
+    solved = sum(stage["stage"].startswith("solving") for stage in measured["stages"])
+    anew = sum(
+        file_bytes(layer, action, storages[layer], None)
+        for layer, action in bench.per_layer(policy).items()
+        if bench.actions.needs(action)
+    )
+    kept = dict(told.disk) | {"variants": told.disk["variants"] + solved * anew}
     return {
         "cpu_s": rows,
         "memory": [_row("driver, of its own", told.driver.own, peak)],
         "disk": [
-            *(_row(name, told.disk[name], size) for name, size in sizes.items()),
+            *(_row(name, kept[name], size) for name, size in sizes.items()),
             _row("export", export, measured["export_bytes"]),
         ],
         "basis": told.basis,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,8 @@ from autoprune.policy import Action, Policy
 from autoprune.run import search
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.ray_cluster import Cluster
-from autoprune.searching.ray_searcher import scheduler_of
+from autoprune.searching.ray_local import remove_cluster
+from autoprune.searching.ray_searcher import halving
 from autoprune.searching.ray_trials import TIME, VALUE, pack, unpack
 from autoprune.searching.rows import Trial
 
@@ -194,8 +196,7 @@ def test_halving_begins_with_what_the_ledger_knows():
         Trial(number, "complete", "x", policy, {}, 0, "", "", windows=(kl, kl, kl))
         for number, kl in enumerate([1.0, 2.0, 3.0, 4.0])
     ]
-    found = SimpleNamespace(rungs=(1, 3), pruner="halving", history=rows)
-    asha = scheduler_of(found, SimpleNamespace(judges=False))
+    asha = halving((1, 3), rows)
     for value, decision in ((3.9, "STOP"), (0.5, "CONTINUE")):
         trial = SimpleNamespace(trial_id=f"new {value}")
         asha.on_trial_add(None, trial)
@@ -209,8 +210,18 @@ def test_policies_are_packed_without_loss():
     assert len(pack(policy)) < 4000
 
 
+@pytest.fixture
+def short_tmpdir(monkeypatch):
+    """A folder for the files of a cluster whose driver is killed."""
+    folder = Path(f"/tmp/t{os.getpid()}")
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    remove_cluster(folder)
+
+
 def test_killed_driver_loses_and_doubles_nothing(
-    tmp_path, tiny_checkpoint, text, monkeypatch
+    tmp_path, tiny_checkpoint, text, monkeypatch, short_tmpdir
 ):
     monkeypatch.setenv("TROUBLE", "nap")
     monkeypatch.setenv("WITNESS", str(tmp_path / "witness"))
