@@ -71,8 +71,8 @@ def advice(error: DBAPIError) -> str:
 
 
 def reason(error: DBAPIError) -> str:
-    """Give what the server or the driver says, on one line."""
-    return _one_line(error.orig)
+    """Give what the server or the driver says, on one line, without a full stop."""
+    return _one_line(error.orig).rstrip(".")
 
 
 def _one_line(error: Any) -> str:

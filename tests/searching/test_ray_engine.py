@@ -110,7 +110,8 @@ def outcome_of(crew, job):
     return heard[0]
 
 
-def test_actors_measure_what_one_process_does(tmp_path, config, cluster, capfd):
+@pytest.mark.ci
+def test_actors_measure_what_one_process_does(tmp_path, config, cluster):
     alone = search(config(), tmp_path / "alone")
     together = search(config(engine="ray", count=2), tmp_path / "together")
     rows, others = trials_of(tmp_path / "alone"), trials_of(tmp_path / "together")
