@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from autoprune.conclusion import Searched
 from autoprune.errors import RunError
@@ -17,10 +18,11 @@ from autoprune.searching.frozen import FrozenProblem
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.mirror import Mirror
 from autoprune.searching.plan import Plan
-from autoprune.searching.preparing import make_together
+from autoprune.searching.preparing import make_together, measure_together
 from autoprune.searching.reserve import Reserve
 from autoprune.searching.rivals import as_random_rival, random_rival, solved_rivals
 from autoprune.searching.rows import Trial
+from autoprune.searching.sensitivity import Sensitivities
 from autoprune.searching.study import run_study
 
 RANDOM_RIVAL = "rival-random"
@@ -111,11 +113,15 @@ def search_part(part: Part, around: Surroundings) -> Reason:
     observer.stage("measuring the dense model")
     with table.timing("dense"):
         plan.bench.teacher("fitness")
-    sensitivities = plan.sensitivities(observer.stage)
+    measured, kind = _sensitivities(plan, around.crew), plan.config.search.sensitivity
+    sensitivities = None
+    if "sensitivities" in plan.strategy.needs:
+        observer.stage(f"measuring sensitivities ({kind})")
+        sensitivities = measured.costs(kind)
     proposals = list(plan.proposals)
     if first:
         table.keep(ledger.run_dir)
-        proposals += solved_rivals(plan, sensitivities, observer.stage)
+        proposals += solved_rivals(plan, measured, observer.stage, known=sensitivities)
     frozen = FrozenProblem.of(plan.bench, plan.problem.space, sensitivities)
     frozen.write(ledger.run_dir)
     trials = ledger.trials()
@@ -180,6 +186,13 @@ def _mirrored(part: Part) -> Iterator[Callable[[], None]]:
         folder=folder,
     ) as mirror:
         yield mirror.update
+
+
+def _sensitivities(plan: Plan, crew: Crew) -> Sensitivities:
+    """Give what choices cost, measured here or by the crew, each worker a share."""
+    together = partial(measure_together, crew) if crew.size > 1 else None
+    space = plan.problem.space
+    return Sensitivities(plan.bench, plan.bank, space, measure=together)
 
 
 def _make_variants(plan: Plan, around: Surroundings) -> None:

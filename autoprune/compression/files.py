@@ -102,8 +102,11 @@ class TensorFiles:
         path = self.path(key)
         try:
             content = _read(path)
+        except FileNotFoundError:
+            return None  # somebody may have written it by now
         except (OSError, RuntimeError) as error:
-            if not path.exists():  # torch tells of a file that is gone as RuntimeError
+            # Torch tells of a file that went meanwhile as RuntimeError.
+            if "No such file" in str(error):
                 return None
             raise StoreError(
                 f"cannot read the {self.what} {path}: {error}. {_ELSEWHERE}"

@@ -9,6 +9,7 @@ square of a change: half their mean square is the diagonal of the KL's second-or
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -46,12 +47,11 @@ def measure_slopes(
         drawn: For so many of the windows, from the first; None for all.
         sampled: Positions of every pass whose pairs make ``crossed``; 0 for none.
         apart: Also make ``apart`` from the drawn labels.
-        seed: Of the labels.
+        seed: Of the labels; those of a window depend on nothing else.
 
     Returns:
         Slopes of every layer's variants, in their order.
     """
-    generator = torch.Generator().manual_seed(seed)
     pricing = Pricing(model, variants, sampled=sampled, apart=apart)
     drawn = len(windows) if drawn is None else drawn
     # What is priced by its parameter's gradient has one figure for all that pass.
@@ -69,8 +69,8 @@ def measure_slopes(
             pricing.backward(features, pull * len(part), keep=times > 0)
             if of_head is not None:
                 pricing.add_of_head(of_head)
-            sizes = pricing.counts.tolist()
-            chances = [torch.rand(times, n, generator=generator) for n in sizes]
+            sizes = zip(part, pricing.counts.tolist(), strict=True)
+            chances = [_chances(seed, window, (times, n)) for window, n in sizes]
             for draw, chance in enumerate(torch.cat(chances, 1)):
                 push = _push(teacher, model, features, chance)
                 pricing.backward(features, push, keep=draw < times - 1, score=True)
@@ -85,6 +85,12 @@ def _passes(
     for some, times in ((windows[:drawn], draws), (windows[drawn:], 0)):
         for at in range(0, len(some), group):
             yield list(some[at : at + group]), times
+
+
+def _chances(seed: int, window: int, shape: tuple[int, int]) -> Tensor:
+    """Draw numbers for a window, the same whoever takes which other windows."""
+    (own,) = np.random.SeedSequence([seed, window]).generate_state(1)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(int(own)))
 
 
 def _push(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from autoprune.compression.shares import Share
 from autoprune.policy import Policy
+from autoprune.searching.costings import Costing
 from autoprune.searching.ends import Reason
 from autoprune.searching.plan import Plan
 from autoprune.searching.trial import Evaluator
@@ -81,6 +82,18 @@ class MakeVariants(Job):
 
 
 @dataclass(frozen=True, eq=False)
+class MeasureCosts(Job):
+    """Measure what choices cost, or a share of that; see ``Evaluator.costs``."""
+
+    costing: Costing
+    timed: ClassVar[bool] = False
+
+    def run(self, evaluator: Evaluator) -> Any:
+        """Give the ``Costs``."""
+        return evaluator.costs(self.costing)
+
+
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """What came of a job.
 
@@ -103,6 +116,11 @@ class Crew(ABC):
 
     size: int
     """Workers that it has when all are there."""
+
+    @property
+    def loading(self) -> bool:
+        """Whether workers that are not idle yet will be, unless they die."""
+        return False
 
     @abstractmethod
     def enter(self, plan: Plan) -> None:
@@ -131,6 +149,9 @@ class Crew(ABC):
     def drive(self, search: "Search") -> Reason:
         """Have a search done to its end; tell why it ended."""
         return search.run()
+
+    def recall(self) -> None:  # noqa: B027 not every crew can lack a worker
+        """Have no worker do anything: what was submitted is let go."""
 
     def close(self) -> None:  # noqa: B027 not every crew has something to end
         """End the workers. Doing so twice does no harm."""

@@ -6,9 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from autoprune.compression.actions import Actions
 from autoprune.compression.bank import VariantBank
 from autoprune.config import RunConfig
@@ -37,7 +34,6 @@ from autoprune.searching.problem import Problem, Proposal
 from autoprune.searching.proposer import Proposer
 from autoprune.searching.rounds import narrowed
 from autoprune.searching.rungs import rungs_of
-from autoprune.searching.sensitivity import Sensitivities
 from autoprune.searching.strategies import DEFAULTS, SamplerFactory, strategy_of
 from autoprune.searching.trial import LocalEvaluator
 
@@ -199,16 +195,6 @@ class Plan:
         total, length = self.bench.splits["fitness"].ids.shape
         tokens = self.config.search.rungs
         return rungs_of(tokens, length, total) if tokens else ()
-
-    def sensitivities(
-        self, tell: Callable[[str], None]
-    ) -> Float[np.ndarray, "sites choices"] | None:
-        """Give what every choice costs by itself, if the strategy asks for it."""
-        if "sensitivities" not in self.strategy.needs:
-            return None
-        kind = self.config.search.sensitivity
-        tell(f"measuring sensitivities ({kind})")
-        return Sensitivities(self.bench, self.bank, self.problem.space).costs(kind)
 
     def check_store(self) -> None:
         """Refuse a space whose variants do not fit into the store.

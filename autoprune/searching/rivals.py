@@ -39,8 +39,10 @@ def rival_kind(origin: str) -> str | None:
 
 def solved_rivals(
     plan: Plan,
-    sensitivities: Float[np.ndarray, "sites choices"] | None,
+    measured: Sensitivities,
     tell: Callable[[str], None],
+    *,
+    known: Float[np.ndarray, "sites choices"] | None = None,
 ) -> list[Proposal]:
     """Solve for the rivals of a plan that need no search, all within its budgets.
 
@@ -54,18 +56,17 @@ def solved_rivals(
 
     Args:
         plan: Of the first round, its variants made.
-        sensitivities: What choices cost by themselves, where the strategy has it
-            measured already; None where it has not.
+        measured: What choices cost by themselves.
         tell: Hears what is measured.
+        known: The plan's own sensitivity, where the strategy has had it measured.
     """
     wanted = [name for name in plan.config.search.rivals if name in SOLVED]
     if not wanted or not plan.problem.budgets:
         return []
-    measured = Sensitivities(plan.bench, plan.bank, plan.problem.space)
     own, costs = plan.config.search.sensitivity, {}
     for kind in dict.fromkeys((own, *(GRADIENTS if own in GRADIENTS else ()))):
-        if kind == own and sensitivities is not None:
-            costs[kind] = sensitivities
+        if kind == own and known is not None:
+            costs[kind] = known
             continue
         tell(f"measuring sensitivities ({kind}), for rivals")
         costs[kind] = measured.costs(kind)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,17 @@ from jaxtyping import Float, Int
 
 from autoprune.compression.bank import VariantBank
 from autoprune.errors import ConfigError, unknown_name
-from autoprune.evaluation.fisher import output_squares, score_rows
-from autoprune.evaluation.sensitivity import output_errors, replacement_costs
+from autoprune.evaluation.fisher import Wanted
 from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Action, Layer, Policy, Site, digest
+from autoprune.searching.costings import (
+    Costing,
+    Errors,
+    Measuring,
+    Replacements,
+    Scores,
+    Squares,
+)
 from autoprune.searching.entries import Entries
 from autoprune.searching.space import SearchSpace
 
@@ -27,7 +34,7 @@ by both, by an evaluation each."""
 GRADIENTS = ("fisher", "blend")
 """Those from gradients of the dense model that allocations are solved by."""
 
-FORMAT = 1
+FORMAT = 2
 """Raised when one of the kinds is computed in another way."""
 
 
@@ -86,6 +93,7 @@ class Sensitivities:
             fewer draws in all.
         draws: How often labels are drawn for a window's gradient.
         base: The policy in which ``measured`` replaces a choice; None for dense.
+        measure: Has something measured by others; None to do so in this process.
         seconds: Seconds that the measurements of this object took, by kind.
     """
 
@@ -96,6 +104,7 @@ class Sensitivities:
     windows: int = 8
     draws: int = 4
     base: Policy | None = None
+    measure: Measuring | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def costs(self, kind: str) -> Float[np.ndarray, "sites choices"]:
@@ -139,14 +148,10 @@ class Sensitivities:
             StoreError: If what was measured cannot be written.
         """
         seen = self._seen(self.windows)
-
-        def measure(wanted: dict[Layer, list[Action]]) -> Mapping[Layer, Any]:
-            teacher = self.bench.teacher(self.split)
-            rows = score_rows(self.bank, teacher, wanted, seen, draws=self.draws)
-            return {layer: found.T for layer, found in rows.items()}
-
         file = self._file("fisher", self._text(seen), self.draws)
-        entries = self._by_layer("fisher", file, measure)
+        entries = self._by_layer(
+            "fisher", file, lambda wanted: Scores(wanted, self.split, seen, self.draws)
+        )
         shape = (len(self.space.sites), self._width, len(seen) * self.draws)
         scores = np.zeros(shape, dtype=np.float32)
         for row, site, column, action in self._places():
@@ -156,10 +161,7 @@ class Sensitivities:
         return FisherRows(scores, np.array(counts))
 
     def _errors(self) -> dict[tuple[Site, Action], float]:
-        file = self._file("error")
-        return self._summed(
-            "error", file, lambda wanted: output_errors(self.bank, wanted)
-        )
+        return self._summed("error", self._file("error"), Errors)
 
     def _outputs(self) -> dict[tuple[Site, Action], float]:
         # Half of ``fisher``'s draws, which cost twice as much here: of as much text as
@@ -167,19 +169,16 @@ class Sensitivities:
         passes = max(1, self.windows * self.draws // 2)
         seen = self._seen(passes)
         draws = passes // len(seen)
-
-        def measure(wanted: dict[Layer, list[Action]]) -> Mapping[Layer, Any]:
-            teacher = self.bench.teacher(self.split)
-            return output_squares(self.bank, teacher, wanted, seen, draws=draws)
-
         file = self._file("outputs", self._text(seen), draws)
-        return self._summed("outputs", file, measure)
+        return self._summed(
+            "outputs", file, lambda wanted: Squares(wanted, self.split, seen, draws)
+        )
 
     def _summed(
-        self, kind: str, file: Entries, measure: Any
+        self, kind: str, file: Entries, costing: Callable[[Wanted], Costing]
     ) -> dict[tuple[Site, Action], float]:
         """Give the sum over each site's layers of what is known or measured of them."""
-        entries = self._by_layer(kind, file, measure)
+        entries = self._by_layer(kind, file, costing)
         table = dict.fromkeys(self._all_pairs(), 0.0)
         for _, site, _, action in self._places():
             keys = [self.bank.key(layer, action) for layer in site.layers]
@@ -202,41 +201,43 @@ class Sensitivities:
         }
         known = file.read()
         absent = [pair for pair, key in keys.items() if key not in known]
-        if absent:
-            start = time.perf_counter()
-            costs = replacement_costs(
-                self.bank,
-                self.bench.teacher(self.split),
-                (dict.fromkeys(site.layers, action) for site, action in absent),
-                seen,
-                base=base,
-            )
-            for pair, cost in zip(absent, costs, strict=True):
-                known = file.add({keys[pair]: cost})  # a killed run loses one at most
-            self._took("measured", len(absent), start)
+        costing = Replacements(absent, base, self.split, seen)
+        known |= self._take("measured", costing, file, keys, len(absent))
         table = dict.fromkeys(stands, 0.0)
         return table | {pair: float(known[key][0]) for pair, key in keys.items()}
 
     def _by_layer(
-        self, kind: str, file: Entries, measure: Any
+        self, kind: str, file: Entries, costing: Callable[[Wanted], Costing]
     ) -> Mapping[str, Float[np.ndarray, " numbers"]]:
         """Read what is known of layers' variants, and measure what is not."""
         known = file.read()
         wanted: dict[Layer, list[Action]] = {}
+        keys: dict[Any, str] = {}
         for _, site, _, action in self._places():
             for layer in site.layers:
-                if self.bank.key(layer, action) not in known:
+                key = self.bank.key(layer, action)
+                if key not in known:
                     wanted.setdefault(layer, []).append(action)
-        if not wanted:
-            return known
-        start = time.perf_counter()
-        new = {
-            self.bank.key(layer, action): value
-            for layer, values in measure(wanted).items()
-            for action, value in zip(wanted[layer], values, strict=True)
-        }
-        self._took(kind, len(new), start)
-        return file.add(new)
+                    keys[layer, action] = key
+        return known | self._take(kind, costing(wanted), file, keys, len(keys))
+
+    def _take(
+        self,
+        kind: str,
+        costing: Costing,
+        file: Entries,
+        keys: Mapping[Any, str],
+        count: int,
+    ) -> dict[str, Float[np.ndarray, " numbers"]]:
+        """Measure, here or elsewhere; what comes is written at once, and kept."""
+        if not count:
+            return {}
+        start, entries = time.perf_counter(), {}
+        measure = self.measure or (lambda asked: asked.run(self.bench, self.bank))
+        for costs in measure(costing):
+            entries = file.add({keys[pair]: value for pair, value in costs.items()})
+        self._took(kind, count, start)
+        return entries
 
     def _took(self, kind: str, pairs: int, start: float) -> None:
         spent = time.perf_counter() - start

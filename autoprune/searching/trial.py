@@ -1,6 +1,7 @@
 """Evaluates policies on the fitness split, and remembers what was measured."""
 
 from abc import ABC, abstractmethod
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,7 @@ from autoprune.evaluation.slopes import measure_slopes
 from autoprune.evaluation.workbench import Workbench
 from autoprune.models.prefix import Prefix
 from autoprune.policy import Policy
+from autoprune.searching.costings import Costing, Costs
 from autoprune.searching.slopes import SiteSlopes
 from autoprune.searching.space import SearchSpace
 
@@ -88,6 +90,10 @@ class Evaluator(ABC):
         """Make a share of the variants that may be asked for; tell how many it was."""
         return 0
 
+    def costs(self, costing: Costing) -> Costs:
+        """Measure what choices cost by themselves, or a share of that."""
+        raise NotImplementedError(f"{type(self).__name__} has no variants to measure")
+
 
 class LocalEvaluator(Evaluator):
     """Measures in this process, with one bank, each window of a policy once.
@@ -160,6 +166,10 @@ class LocalEvaluator(Evaluator):
         ]
         return self.bank.make(pairs, share=share)
 
+    def costs(self, costing: Costing) -> Costs:
+        """Measure what choices cost, with the variants of the bank."""
+        return dict(ChainMap(*map(dict, costing.run(self.bench, self.bank))))
+
     def slopes(
         self,
         policy: Policy,
@@ -196,6 +206,6 @@ class LocalEvaluator(Evaluator):
             draws=draws,
             drawn=drawn_tokens and max(1, round(drawn_tokens / length / shares)),
             sampled=SAMPLED,
-            seed=turn * shares + share,
+            seed=turn,
         )
         return SiteSlopes.of(self.space, found, windows)

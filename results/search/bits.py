@@ -30,6 +30,7 @@ from autoprune.searching.finals import (
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
 from autoprune.searching.rivals import UNIFORM, solved_rivals
+from autoprune.searching.sensitivity import Sensitivities
 from autoprune.searching.study import run_study
 
 BITS = ["gptq(bits=[2, 3, 4, 5, 6, 8], group=64)"]
@@ -77,7 +78,8 @@ def uniform(limit: float) -> dict[str, Any]:
 def gradient(actions: list[str], limit: float) -> dict[str, Any]:
     """Search with the default strategy, from the best rival, as runs do."""
     plan, began = _open(actions, limit), time.process_time()
-    proposals = [*plan.proposals, *solved_rivals(plan, None, tell)]
+    measured = Sensitivities(plan.bench, plan.bank, plan.problem.space)
+    proposals = [*plan.proposals, *solved_rivals(plan, measured, tell)]
     prepared = time.process_time() - began
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -51,6 +51,27 @@ def finish(started: "subprocess.Popen[str]") -> str:
     return out
 
 
+def test_file_that_comes_and_goes_is_whole_or_absent(files: TensorFiles) -> None:
+    """Also where it comes just after it was found absent."""
+    files.write(KEY, PARTS)
+    path, aside = files.path(KEY), files.path(KEY).with_suffix(".aside")
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            path.rename(aside)
+            aside.rename(path)
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        found = [files.read(KEY) is not None for _ in range(3000)]
+    finally:
+        ended.set()
+        other.join()
+    assert {True, False} == set(found)
+
+
 def test_tensors_and_facts_come_back(files: TensorFiles) -> None:
     assert files.read(KEY) is None
     files.write(KEY, PARTS, facts="said", about="of a test")

@@ -46,7 +46,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Mak
 
 
 def solved(plan: Plan) -> dict[str, Policy]:
-    return dict(solved_rivals(plan, None, lambda _: None))
+    return dict(solved_rivals(plan, measured(plan), lambda _: None))
 
 
 def methods(policy: Policy) -> set[str]:
@@ -71,10 +71,14 @@ def test_each_rival_keeps_to_its_sort_and_to_the_budget(make: Make) -> None:
         assert joint == 0 or kinds[name] == "allocation only"
 
 
+def measured(plan: Plan) -> Sensitivities:
+    return Sensitivities(plan.bench, plan.bank, plan.problem.space)
+
+
 def best_of_all(plan: Plan, kind: str) -> tuple[float, np.ndarray]:
     """Try all policies that are within the budgets; give the least sum of costs."""
     space = plan.problem.space
-    costs = Sensitivities(plan.bench, plan.bank, space).costs(kind)
+    costs = measured(plan).costs(kind)
     counts = [len(space.choices[site.name]) for site in space.sites]
     sums = [
         float(costs[np.arange(len(counts)), indices].sum())
@@ -105,13 +109,13 @@ def test_both_kinds_of_gradients_are_solved_for(
     told: list[str] = []
     top = np.max(costs, 1, where=np.isfinite(costs), initial=0)
     opposite = np.where(np.isinf(costs), np.inf, top[:, None] - costs)
-    found = dict(solved_rivals(plan, opposite, told.append))
+    found = dict(solved_rivals(plan, measured(plan), told.append, known=opposite))
     assert told == [f"measuring sensitivities ({other}), for rivals"]
     assert list(found) == ["allocation only", f"allocation only, by {other}"]
     chosen = plan.problem.space.index(found[f"allocation only, by {other}"])
     total = float(costs[np.arange(len(chosen)), chosen].sum())
     assert total == pytest.approx(least, rel=1e-9)
-    alike = dict(solved_rivals(plan, costs, told.append))
+    alike = dict(solved_rivals(plan, measured(plan), told.append, known=costs))
     assert list(alike) == ["allocation only"]
     assert alike["allocation only"] == found[f"allocation only, by {other}"]
 
@@ -119,7 +123,7 @@ def test_both_kinds_of_gradients_are_solved_for(
 def test_other_kinds_are_solved_for_alone(make: Make) -> None:
     told: list[str] = []
     plan = make(BLOCKS, {"size_bytes": "70%"}, sensitivity="error")
-    found = solved_rivals(plan, None, told.append)
+    found = solved_rivals(plan, measured(plan), told.append)
     assert told == ["measuring sensitivities (error), for rivals"]
     assert not any("by" in origin for origin, _ in found)
 
@@ -131,7 +135,7 @@ def test_what_is_measured_already_is_not_measured_again(make: Make) -> None:
     for row, site in enumerate(space.sites):
         prefers[row, len(space.choices[site.name]) :] = np.inf
     prefers[:, 0] = 0.0  # the first choice, 3 bits, wherever there is one
-    found = dict(solved_rivals(plan, prefers, told.append))
+    found = dict(solved_rivals(plan, measured(plan), told.append, known=prefers))
     chosen = found["allocation only"]
     assert {str(chosen[site]) for site in chosen if site.startswith("blocks.0.")} == {
         "rtn(bits=3, group=16)"

@@ -3,22 +3,27 @@
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_runs import write_text
+from toy_evaluators import ShuffledCrew
 
 from autoprune.compression.store import VariantStore
 from autoprune.config import TextConfig
-from autoprune.errors import ConfigError, StoreError
+from autoprune.errors import ConfigError, RunError, StoreError
 from autoprune.evaluation.fisher import output_squares
 from autoprune.evaluation.sensitivity import output_errors
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import load_plugins
 from autoprune.policy import DENSE, Action, Policy
+from autoprune.searching.costings import Scores
+from autoprune.searching.preparing import measure_together
 from autoprune.searching.sensitivity import KINDS, FisherRows, Sensitivities
 from autoprune.searching.space import SearchSpace, build_space
+from autoprune.searching.trial import LocalEvaluator
 
 WANDA = Action.parse("wanda(sparsity=0.5)")
 ROUND = Action.parse("rtn(bits=6, group=16)")
@@ -26,6 +31,9 @@ COARSE = Action.parse("rtn(bits=3, group=16)")
 
 PARTS = {"blend": ["fisher", "outputs"]}
 """What is measured for a kind that is made of others."""
+
+SHARES = {"error": 2, "fisher": 4, "outputs": 6, "blend": 6, "measured": 3}
+"""Blocks, windows or handfuls of choices that workers can share."""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +98,51 @@ def test_one_more_action_measures_only_that(
     assert np.array_equal(costs[1:, [2, 0]], first[1:, :2])
     fresh = sensitivities(bench, tmp_path / "fresh", COARSE, ROUND, WANDA)
     np.testing.assert_allclose(fresh.costs(kind), costs, rtol=1e-4, atol=1e-7)
+
+
+def measured_by(crew: ShuffledCrew, found: Sensitivities) -> Sensitivities:
+    return replace(found, measure=partial(measure_together, crew), seconds={})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_shares_find_together_what_one_finds(
+    kind: str, workers: int, bench: Workbench, tmp_path: Path
+) -> None:
+    """In whatever order they end, and though some are lost on the way."""
+    alone = sensitivities(bench, tmp_path / "alone", WANDA, COARSE)
+    other = sensitivities(bench, tmp_path / "together", WANDA, COARSE)
+    evaluator = LocalEvaluator(other.bench, other.bank, other.space)
+    crew = ShuffledCrew(evaluator, workers, seed=workers, lost=0.08)
+    together = measured_by(crew, other)
+    np.testing.assert_allclose(
+        together.costs(kind), alone.costs(kind), rtol=1e-4, atol=1e-7
+    )
+    assert crew.most == min(workers, SHARES[kind])
+    assert other.costs(kind).tolist() == together.costs(kind).tolist()  # they are kept
+    assert other.seconds == {}
+
+
+def test_labels_are_drawn_by_windows(bench: Workbench, tmp_path: Path) -> None:
+    """Who takes which windows does not show in the rows."""
+    found = sensitivities(bench, tmp_path, WANDA)
+    layers = [layer for site in found.space.sites[1:] for layer in site.layers]
+    costing = Scores(dict.fromkeys(layers, [WANDA]), "fitness", range(5), draws=3)
+    (whole,) = costing.run(found.bench, found.bank)
+    parts = [next(part.run(found.bench, found.bank)) for part in costing.shares(2)]
+    (joined,) = costing.joined(iter([(1, parts[1]), (0, parts[0])]))
+    for pair, rows in whole.items():
+        np.testing.assert_allclose(joined[pair], rows, rtol=1e-3, atol=1e-6)
+
+
+def test_share_that_costs_workers_again_and_again_ends_the_run(
+    bench: Workbench, tmp_path: Path
+) -> None:
+    found = sensitivities(bench, tmp_path, WANDA)
+    evaluator = LocalEvaluator(found.bench, found.bank, found.space)
+    lost = measured_by(ShuffledCrew(evaluator, 2, lost=1.0), found)
+    with pytest.raises(RunError, match="measuring sensitivities cost 3 workers; the"):
+        lost.costs("error")
 
 
 def test_errors_of_a_site_are_the_sum_of_its_layers(

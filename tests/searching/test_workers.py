@@ -12,6 +12,7 @@ from autoprune.errors import PluginError, RunError
 from autoprune.hookspecs import hookimpl
 from autoprune.plugins import load_plugins
 from autoprune.run import search
+from autoprune.searching.costings import Scores
 from autoprune.searching.crew import Measure
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
@@ -28,11 +29,11 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def config(tiny_checkpoint, text):
-    def make(*, trials=10, plugins=(), **workers):
+    def make(*, trials=10, plugins=(), sampler="random", **workers):
         return config_of(
             tiny_checkpoint,
             text,
-            search={"trials": trials, "finalists": 2, "sampler": "random"},
+            search={"trials": trials, "finalists": 2, "sampler": sampler},
             workers={"threads": 1, **workers},
             plugins=list(plugins),
         )
@@ -72,6 +73,23 @@ def test_workers_measure_what_one_process_does(tmp_path, config):
         "0.log",
         "1.log",
     }
+
+
+@pytest.mark.ci
+def test_workers_measure_sensitivities_as_one_process_does(
+    tmp_path, config, monkeypatch
+):
+    rows = {}
+    for count in (None, 2):
+        asked = config(trials=4, count=count, sampler="allocation")
+        folder = tmp_path / str(count)
+        monkeypatch.setenv("AUTOPRUNE_CACHE", str(folder / "cache"))
+        if count:  # in this process; those of the workers are their own
+            monkeypatch.setattr(Scores, "run", None)
+        search(asked, folder / "run")
+        rows[count] = trials_of(folder / "run")
+    assert rows[2][0].origin == rows[None][0].origin
+    assert [row.policy for row in rows[2]] == [row.policy for row in rows[None]]
 
 
 @pytest.mark.ci
