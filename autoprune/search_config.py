@@ -122,7 +122,7 @@ class WorkersConfig(Part):
         address: The Ray cluster: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``; by
             default one on this machine, for this run.
         cpus: Processors that each evaluator asks Ray for; by default its threads.
-        gpus: GPUs that each asks for.
+        gpus: GPUs that each asks for: a share of one, or whole ones.
     """
 
     engine: Literal["process", "ray", "ray-tune"] = "process"
@@ -139,6 +139,11 @@ class WorkersConfig(Part):
         if given and self.engine == "process":
             raise ValueError(
                 f"{' and '.join(given)} belongs to Ray; add engine: ray, or ray-tune"
+            )
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(
+                f"an evaluator gets a share of one GPU or whole ones, found gpus: "
+                f"{self.gpus:g}; give a whole number, or less than 1"
             )
         if self.engine == "ray-tune" and (self.address or "").startswith("ray://"):
             raise ValueError(

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from autoprune.errors import RunError
@@ -69,6 +70,47 @@ class Differing(RemoteEvaluator):
         except FileExistsError:
             raise RunError("the worker differs from the driver") from None
         return recipe
+
+
+class Stuck(RemoteEvaluator):
+    """An evaluator that never has loaded."""
+
+    def make(self, recipe: Any) -> Any:
+        time.sleep(3600)
+
+
+class Elsewhere(RemoteEvaluator):
+    """An evaluator on a machine whose cache is another one."""
+
+    def make(self, recipe: Any) -> Any:
+        os.environ["AUTOPRUNE_CACHE"] += "/elsewhere"
+        return super().make(recipe)
+
+
+class Sharing(RemoteEvaluator):
+    """An evaluator of shares that wait for each other, as those of variants do.
+
+    It dies of the second of two where the recipe says so.
+    """
+
+    def make(self, recipe: Any) -> Any:
+        return _Sharer(**recipe.fingerprint)
+
+
+@dataclass(frozen=True)
+class _Sharer:
+    path: str
+    fatal: bool = False
+
+    def make(self, share: Any) -> int:
+        if self.fatal and (share.index, share.of) == (1, 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        folder = Path(self.path)
+        (folder / f"{share.index} of {share.of}").touch()
+        time.sleep(1.0)
+        while len(list(folder.glob(f"* of {share.of}"))) < share.of:
+            time.sleep(0.05)
+        return 1
 
 
 class Instant(RemoteEvaluator):

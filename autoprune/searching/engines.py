@@ -1,6 +1,7 @@
 """Which crew evaluates for a run: in this process, in others, or on a cluster."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from autoprune.errors import RunError
@@ -9,6 +10,7 @@ from autoprune.searching.crew import Crew, LocalCrew
 from autoprune.searching.memory_limit import share_of
 from autoprune.searching.plan import Plan
 from autoprune.searching.recipe import Recipe
+from autoprune.searching.store_mark import StoreMark
 from autoprune.searching.workers import ProcessCrew, threads_for
 
 
@@ -66,8 +68,10 @@ def _on_ray(plan: Plan, folder: Path) -> Crew:
     beside = int(tuned and "slopes" in plan.strategy.needs)
     here = asked.count or max(1, int(len(os.sched_getaffinity(0)) / cpus))
     memory = None if asked.address else _memory(plan, here + beside)
-    recipe = Recipe.of(plan, threads, memory)
+    mark = StoreMark.make(plan.bench.store.folder)
+    recipe = replace(Recipe.of(plan, threads, memory), mark=mark)
     cluster = Cluster.open(asked.address, cpus=cpus * ((asked.count or 1) + beside))
+    cluster.at_close(mark.remove)
     try:
         if tuned:
             return TunedCrew(

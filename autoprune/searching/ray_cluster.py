@@ -98,7 +98,7 @@ class Cluster:
         Raises:
             RunError: If it has been away for long: the cluster is gone.
         """
-        if not self._answers():  # Ray would wait, and then end the process
+        if not self.answers():  # Ray would wait, and then end the process
             return None
         return sum(
             _fitting(node["Resources"], cpus, gpus)
@@ -111,12 +111,20 @@ class Cluster:
         found = self._call(ray.cluster_resources)
         return f"{found.get('CPU', 0):g} CPUs, {found.get('GPU', 0):g} GPUs"
 
+    def at_close(self, act: Callable[[], None]) -> None:
+        """Have something done when the cluster is left."""
+        self._undo.callback(act)
+
     def close(self) -> None:
         """Leave the cluster; end it if it is our own. Twice does no harm."""
         self._undo.close()
 
-    def _answers(self) -> bool:
-        """Tell whether the head answers; raise if it has not for long."""
+    def answers(self) -> bool:
+        """Tell whether the head of the cluster answers.
+
+        Raises:
+            RunError: If it has not for long: the cluster is gone.
+        """
         client: Any = ray.util.client.ray
         if client.is_connected():
             return True  # calls of such a connection fail by themselves
@@ -169,7 +177,10 @@ def _start(cpus: float, undo: ExitStack) -> None:
             return
         _leave()
         remove_cluster(folder)
-    raise RunError(f"cannot start a Ray cluster on this machine: {refused}")
+    raise RunError(
+        f"cannot start a Ray cluster on this machine: {refused}. Try again when it is "
+        "less busy, or take --workers without an engine, which needs no Ray"
+    )
 
 
 def _join(address: str, undo: ExitStack) -> None:
@@ -186,11 +197,13 @@ def _join(address: str, undo: ExitStack) -> None:
         try:
             _, said = probe.communicate(timeout=PROBE_S)
         except subprocess.TimeoutExpired:
-            os.killpg(probe.pid, signal.SIGKILL)
             raise RunError(
                 f"{where}: it did not let us in within {PROBE_S:.0f} s. Is that "
                 "address one of a Ray cluster that this machine belongs to?"
             ) from None
+        finally:  # also where Ctrl-C ends the wait
+            with suppress(ProcessLookupError):
+                os.killpg(probe.pid, signal.SIGKILL)
     if probe.returncode:
         raise RunError(f"{where}: {_reason(said)}")
     undo.callback(_leave)

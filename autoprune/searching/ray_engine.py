@@ -5,18 +5,19 @@ kills an actor, or the whole node under it, costs a trial at most.
 """
 
 import logging
-import re
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from autoprune.errors import RunError
 from autoprune.searching.crew import Crew, Job, Outcome
 from autoprune.searching.fingerprint import differences
 from autoprune.searching.plan import Plan
+from autoprune.searching.ray_causes import NODE, cause_of
 from autoprune.searching.ray_cluster import Cluster
 from autoprune.searching.recipe import Recipe
 from autoprune.searching.remote import RemoteEvaluator
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
 """Seconds after which the driver looks again what the cluster has room for."""
+
+LOAD_S = 3600.0
+"""Time that an evaluator has to load what it needs."""
 
 PLACE_S = 300.0
 """Time that a run goes on while the cluster has room for no evaluator at all."""
@@ -43,7 +47,7 @@ class _Actor:
         call: The call that is under way.
         recipe: What it evaluates for.
         job: What it measures.
-        since: When it began to.
+        since: When it began to, or to load.
         where: Its process.
     """
 
@@ -107,7 +111,7 @@ class RayCrew(Crew):
 
     def enter(self, plan: Plan) -> None:
         """Have all evaluate for another part of the run; none may be busy."""
-        recipe = Recipe.of(plan, self._recipe.threads, self._recipe.memory)
+        recipe = self._recipe.around(plan)
         if not differences(self._recipe.fingerprint, recipe.fingerprint):
             return
         self._recipe = recipe
@@ -122,6 +126,11 @@ class RayCrew(Crew):
             for number, actor in self._actors.items()
             if actor.state == "ready" and actor.call is None
         ]
+
+    @property
+    def loading(self) -> bool:
+        """Whether evaluators that have a place load what they need."""
+        return any(actor.state == "loading" for actor in self._actors.values())
 
     def submit(self, worker: int, job: Job) -> None:
         """Send a job. If the actor is gone, that is told by ``wait``."""
@@ -145,6 +154,12 @@ class RayCrew(Crew):
         outcomes += [self._stop_hanging(number) for number in self._hanging()]
         return [outcome for outcome in outcomes if outcome is not None]
 
+    def recall(self) -> None:
+        """End the evaluators that have a job; others are asked for in their place."""
+        for number in [n for n, one in self._actors.items() if one.job]:
+            _kill(self._actors.pop(number))
+        self._looked = float("-inf")
+
     def close(self) -> None:
         """End all evaluators, and leave the cluster."""
         for actor in self._actors.values():
@@ -164,7 +179,8 @@ class RayCrew(Crew):
         for number in range(wanted):
             if len(self._actors) < wanted and number not in self._actors:
                 self._actors[number] = self._begin()
-        if any(actor.state != "waiting" for actor in self._actors.values()):
+        states = {actor.state for actor in self._actors.values()}
+        if states & {"loading", "ready"}:
             self._placed = self._looked
         elif self._looked - self._placed > self._patience:
             cpus, gpus = self._asked
@@ -180,7 +196,9 @@ class RayCrew(Crew):
         return _Actor(handle, "waiting", handle.where.remote())
 
     def _load(self, actor: _Actor) -> None:
+        self._recipe.put_mark()
         actor.state, actor.recipe = "loading", self._recipe
+        actor.since = time.monotonic()
         actor.call = actor.handle.prepare.remote(self._recipe)
 
     def _ended(self, calls: list[Any], seconds: float) -> list[Any]:
@@ -209,7 +227,9 @@ class RayCrew(Crew):
         elif isinstance(said, Ready):
             actor.state, self._deaths, self._served = "ready", 0, True
         elif isinstance(said, Done):
-            self._longest = max(self._longest, time.monotonic() - actor.since)
+            if actor.job and actor.job.timed:
+                took = time.monotonic() - actor.since
+                self._longest = max(self._longest, took)
             actor.job = None
             return Outcome(number, said.result, said.error)
         else:
@@ -239,54 +259,35 @@ class RayCrew(Crew):
             if self._deaths >= STARTS and not served:
                 raise RunError(
                     f"evaluators died {STARTS} times before one was ready; the last, "
-                    f"{gone.where}: {why}"
+                    f"{gone.where}: {why}. Ray's logs on its node say more; fewer "
+                    "evaluators need less memory"
                 ) from error
         return Outcome(number, lost=f"{gone.where}: {why}") if gone.job else None
 
-    def _limit(self) -> float:
+    def _limit(self, actor: _Actor) -> float:
+        """Tell the seconds that what an evaluator does may take."""
+        if actor.state == "loading":
+            return LOAD_S
+        if actor.job is None or not actor.job.timed:
+            return math.inf
         if self._time_limit is not None:
             return self._time_limit
         return max(PATIENCE_S, PATIENCE * self._longest)
 
     def _left(self) -> float:
-        """Tell how long it is until a job passes its limit, or it is time to look."""
-        now = time.monotonic()
-        since = [one.since for one in self._actors.values() if one.job]
-        until = [self._looked + LOOK_S, *(began + self._limit() for began in since)]
-        return max(0.0, min(until) - now)
+        """Tell how long it is until a limit is passed, or it is time to look."""
+        limits = [one.since + self._limit(one) for one in self._actors.values()]
+        until = min([self._looked + LOOK_S, *limits])
+        return max(0.0, until - time.monotonic())
 
     def _hanging(self) -> list[int]:
-        late = time.monotonic() - self._limit()
-        return [n for n, one in self._actors.items() if one.job and one.since <= late]
+        now = time.monotonic()
+        actors = self._actors.items()
+        return [n for n, one in actors if one.since + self._limit(one) <= now]
 
     def _stop_hanging(self, number: int) -> Outcome | None:
-        why = f"no answer in {self._limit():.0f} s; stopped"
+        why = f"no answer in {self._limit(self._actors[number]):.0f} s; stopped"
         return self._lose(number, why, TimeoutError(why))
-
-
-NODE = "its node is gone"
-"""What is said of an evaluator that went with its node."""
-
-
-def cause_of(error: Exception) -> str:
-    """Say in a few words why an evaluator is gone.
-
-    Example:
-        >>> cause_of(ConnectionError("the server is away"))
-        'ConnectionError: the server is away'
-    """
-    said = " ".join(str(error).split())
-    if isinstance(error, ray.exceptions.OutOfMemoryError) or "memory monitor" in said:
-        return "killed by Ray, as the memory of its node was running out"
-    if re.search(r"(node (has died|was|died)|NodeDied|node_died)", said, re.I):
-        return NODE
-    if code := re.search(r"exit code (-?\d+)", said):
-        return f"ended with exit code {code[1]}"
-    if "worker process has died" in said:
-        return "died without a word, as when it crashes or is killed for its memory"
-    if isinstance(error, RayTaskError) or "creation task" in said:
-        return said.rpartition("ray::")[2] or said
-    return f"{type(error).__name__}: {said}"
 
 
 def _kill(actor: _Actor) -> None:

@@ -9,7 +9,7 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +24,10 @@ from autoprune.searching.driving import Search
 from autoprune.searching.ends import Reason
 from autoprune.searching.plan import Plan
 from autoprune.searching.ray_cluster import Cluster
-from autoprune.searching.ray_engine import PLACE_S, RayCrew, cause_of
+from autoprune.searching.ray_engine import RayCrew
 from autoprune.searching.ray_searcher import PolicySearcher, Relay, scheduler_of
 from autoprune.searching.ray_trials import PolicyTrainable
+from autoprune.searching.ray_watch import Enough, Watch, watched
 from autoprune.searching.recipe import Recipe
 from autoprune.searching.remote import RemoteEvaluator
 from autoprune.searching.workers import PATIENCE, PATIENCE_S
@@ -97,7 +98,7 @@ class TunedCrew(Relay):
 
     def enter(self, plan: Plan) -> None:
         """Evaluate for another part of the run."""
-        self._recipe = Recipe.of(plan, self._recipe.threads, self._recipe.memory)
+        self._recipe = self._recipe.around(plan)
         if self._surveyor is not None:
             self._surveyor.enter(plan)
 
@@ -108,6 +109,7 @@ class TunedCrew(Relay):
     def submit(self, worker: int, job: Job) -> None:
         """Keep a measurement for Tune, and have slopes taken."""
         if isinstance(job, Measure):
+            self._recipe.put_mark()  # a new actor may take it
             self.given[worker] = job
         else:
             self._waiting.append((worker, job))
@@ -139,7 +141,7 @@ class TunedCrew(Relay):
         searcher = PolicySearcher(search, self)
         places = self._places()
         failed: Exception | None = None
-        with _environment(_SETTINGS):
+        with _environment(_SETTINGS), watched(self._cluster):
             try:
                 self._tuner(search, searcher, places).fit()
             except Exception as error:
@@ -191,7 +193,7 @@ class TunedCrew(Relay):
 
         resources = {"cpu": self._cpus, "gpu": self._asked.gpus}
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{uuid.uuid4().hex[:6]}"
-        watch = _Watch(searcher, self._cluster)
+        watch = Watch(searcher, self._cluster)
         return tune.Tuner(
             tune.with_resources(Trainable, resources),
             tune_config=tune.TuneConfig(
@@ -207,59 +209,11 @@ class TunedCrew(Relay):
                 name=name,
                 storage_path=str(self._folder),
                 callbacks=[watch],
-                stop=_Enough(searcher),
+                stop=Enough(searcher),
                 failure_config=tune.FailureConfig(max_failures=0),
                 verbose=0,
             ),
         )
-
-
-class _Watch(tune.Callback):
-    """Tells a searcher of trials that were lost, and of those that find no place."""
-
-    def __init__(self, searcher: PolicySearcher, cluster: Cluster) -> None:
-        self._searcher = searcher
-        self._cluster = cluster
-        self._placed = time.monotonic()
-
-    def on_trial_error(
-        self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any
-    ) -> None:
-        """Hear that a trial's actor is gone. Called by Tune."""
-        said = Path(trial.error_file).read_text() if trial.error_file else ""
-        self._searcher.lose(trial.trial_id, cause_of(RuntimeError(said)))
-
-    def on_step_end(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
-        """Look whether trials find no place. Called by Tune, ten times a second."""
-        waits = {trial.status for trial in trials[-1024:]} & {"PENDING", "RUNNING"}
-        if waits != {"PENDING"}:
-            self._placed = time.monotonic()
-        elif time.monotonic() - self._placed > PLACE_S:
-            self._searcher.error = RunError(
-                f"{self._cluster.name} had no place for a trial in {PLACE_S:.0f} s: "
-                f"its nodes have {self._cluster.resources()} in all"
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class _Enough(tune.Stopper):
-    """Ends an experiment once its searcher met an error."""
-
-    def __init__(self, searcher: PolicySearcher) -> None:
-        self._searcher = searcher
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Leave trials to the scheduler."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Tell whether all is to end."""
-        return self._searcher.error is not None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
 
 def _name_of(trial: Any) -> str:

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +12,7 @@ from autoprune.plugins import Plugins, load_plugins
 from autoprune.policy import Policy
 from autoprune.searching.fingerprint import differences
 from autoprune.searching.plan import Plan
+from autoprune.searching.store_mark import StoreMark
 from autoprune.searching.trial import LocalEvaluator
 
 PACKAGES = ("autoprune", "torch", "transformers", "numpy")
@@ -41,6 +42,8 @@ class Recipe:
         fingerprint: What decides what a policy scores, as the driver has it.
         threads: Of each worker.
         memory: Bytes of data that each may hold; None for no limit.
+        mark: By which a worker knows that it sees the driver's store; None where there
+            is no other.
     """
 
     config: Mapping[str, Any]
@@ -48,6 +51,7 @@ class Recipe:
     fingerprint: Mapping[str, Any]
     threads: int
     memory: int | None = None
+    mark: StoreMark | None = None
 
     @classmethod
     def of(cls, plan: Plan, threads: int, memory: int | None = None) -> "Recipe":
@@ -55,6 +59,19 @@ class Recipe:
         incumbents = tuple(policy.to_dict() for policy in plan.incumbents)
         config = plan.config.model_dump(mode="json")
         return cls(config, incumbents, fingerprint_of(plan), threads, memory)
+
+    def around(self, plan: Plan) -> "Recipe":
+        """Describe another part of the same run."""
+        return replace(Recipe.of(plan, self.threads, self.memory), mark=self.mark)
+
+    def put_mark(self) -> None:
+        """Have the mark where workers look for it; called before one of them may.
+
+        Raises:
+            StoreError: If it cannot be written.
+        """
+        if self.mark is not None:
+            self.mark.put()
 
 
 def fingerprint_of(plan: Plan) -> dict[str, Any]:
@@ -79,7 +96,7 @@ class Kitchen:
 
         Raises:
             RunError: If figures of this worker would not be those of the driver: its
-                model, text, plugins or versions differ.
+                model, text, plugins or versions differ; or it does not see its store.
             AutoPruneError: If model, text or a plugin cannot be loaded.
         """
         if self._first is None:
@@ -88,6 +105,8 @@ class Kitchen:
             if config.workers.count != 1:  # others on this machine map the same files
                 self._first.bench.store.share_weights()
         plan = self._first
+        if recipe.mark is not None:
+            recipe.mark.check(plan.bench.store.folder)
         for incumbent in recipe.incumbents:
             plan = plan.around(Policy.from_dict(incumbent))
         if lines := differences(recipe.fingerprint, fingerprint_of(plan)):

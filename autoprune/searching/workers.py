@@ -88,6 +88,11 @@ class ProcessCrew(Crew):
             worker.ready = False
             self._send(worker, recipe)
 
+    @property
+    def loading(self) -> bool:
+        """Whether workers load what they need."""
+        return any(not one.ready for one in self._workers)
+
     def idle(self) -> list[int]:
         """Name the workers that have loaded all they need and have no job."""
         return [n for n, one in enumerate(self._workers) if one.ready and not one.job]

@@ -9,26 +9,31 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import ray
 import yaml
 from tiny_runs import config_of, space_of, write_text
-from toy_jobs import Differing, Dying, Light
+from toy_jobs import Differing, Dying, Elsewhere, Light, Sharing, Stuck
 from toy_orders import Job, no_recipe
 
 from autoprune.config import RunConfig
 from autoprune.errors import ConfigError, PluginError, RunError
 from autoprune.hookspecs import hookimpl
+from autoprune.models.checkpoints import cache_dir
 from autoprune.plugins import load_plugins
 from autoprune.run import search
-from autoprune.searching import ray_cluster, ray_local
+from autoprune.searching import preparing, ray_cluster, ray_engine, ray_local
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
+from autoprune.searching.preparing import make_together
+from autoprune.searching.ray_causes import cause_of
 from autoprune.searching.ray_cluster import Cluster
-from autoprune.searching.ray_engine import RayCrew, cause_of
+from autoprune.searching.ray_engine import RayCrew
 from autoprune.searching.recipe import Recipe
+from autoprune.searching.store_mark import StoreMark
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +124,7 @@ def test_actors_measure_what_one_process_does(tmp_path, config, cluster):
     assert [row.policy for row in others] == [row.policy for row in rows]
     assert [row.windows for row in others] == [row.windows for row in rows]
     assert together.policy == alone.policy
+    assert list(cache_dir().glob("**/*.mark")) == []
 
 
 def test_policy_that_kills_two_actors_is_not_tried_again(
@@ -159,6 +165,51 @@ def test_actor_that_differs_is_refused_with_the_difference(config, cluster):
         until_idle(crew)
 
 
+@pytest.mark.ci
+def test_actor_that_does_not_see_the_store_is_refused(config, cluster):
+    plan = Plan.make(config(), load_plugins())
+    store = plan.bench.store.folder
+    recipe = replace(Recipe.of(plan, 1), mark=StoreMark.make(store))
+    why = (
+        rf"the worker on .* does not see the run's store {store}, its own is "
+        r".*/elsewhere/variants: .*Set AUTOPRUNE_CACHE to a folder that all nodes share"
+    )
+    try:
+        with (
+            RayCrew(recipe, cluster, count=1, cpus=1, evaluator=Elsewhere) as crew,
+            pytest.raises(RunError, match=why),
+        ):
+            until_idle(crew)
+    finally:
+        recipe.mark.remove()
+
+
+def test_share_is_cut_for_each_actor_with_a_place(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "GATHER_S", 2.0)
+    recipe = no_recipe(path=str(tmp_path))
+    asked = {"count": 3, "cpus": 1.5, "time_limit": 0.5}  # two fit
+    with light(cluster, evaluator=Sharing, recipe=recipe, **asked) as crew:
+        assert make_together(crew, lambda: None) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0 of 2", "1 of 2"]
+
+
+def test_shares_are_cut_anew_where_nobody_takes_a_lost_ones_place(
+    cluster, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(preparing, "STALL_S", 2.0)
+    recipe = no_recipe(path=str(tmp_path), fatal=True)
+    with light(cluster, count=2, evaluator=Sharing, recipe=recipe) as crew:
+
+        def lose_a_node():
+            crew._count = 1
+
+        until_idle(crew, 2)
+        assert make_together(crew, lose_a_node) == 1
+    assert "making variants with fewer workers" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0 of 1", "0 of 2"]
+
+
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("job", "why"),
     [
@@ -175,6 +226,7 @@ def test_actor_that_is_lost_is_told_of_and_replaced(cluster, job, why):
         assert outcome_of(crew, Job(gives=5)).result == 5
 
 
+@pytest.mark.ci
 def test_error_of_a_job_comes_back_with_where_it_was_raised(cluster):
     with light(cluster) as crew:
         found = outcome_of(crew, Job("raise", "a bad level"))
@@ -206,6 +258,15 @@ def test_actors_that_die_before_they_are_ready_are_not_begun_for_ever(cluster):
         until_idle(crew)
 
 
+def test_actors_that_never_have_loaded_are_stopped(cluster, monkeypatch):
+    monkeypatch.setattr(ray_engine, "LOAD_S", 1.0)
+    with (
+        light(cluster, count=3, evaluator=Stuck) as crew,
+        pytest.raises(RunError, match="died 3 times before one .* no answer in 1 s"),
+    ):
+        until_idle(crew)
+
+
 def test_late_actor_that_differs_is_left_out(cluster, tmp_path, caplog):
     recipe = no_recipe(path=str(tmp_path / "first"))
     with light(cluster, evaluator=Differing, recipe=recipe) as crew:
@@ -223,6 +284,7 @@ def test_threads_are_those_of_the_recipe(cluster):
         assert outcome_of(crew, Job("environment")).result["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.ci
 def test_causes_are_told_in_few_words():
     assert cause_of(RuntimeError("The actor died because its node has died.")) == (
         "its node is gone"
@@ -231,6 +293,7 @@ def test_causes_are_told_in_few_words():
     assert cause_of(error).startswith("killed by Ray, as the memory")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("address", "why"),
     [
@@ -246,6 +309,7 @@ def test_address_that_does_not_answer_is_refused_at_once(address, why):
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.ci
 def test_address_of_something_else_is_refused_in_bounded_time(monkeypatch):
     monkeypatch.setattr(ray_cluster, "PROBE_S", 3.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -256,6 +320,7 @@ def test_address_of_something_else_is_refused_in_bounded_time(monkeypatch):
         assert time.monotonic() - began < 30
 
 
+@pytest.mark.ci
 def test_other_version_of_ray_or_python_is_told():
     other = {"ray_version": "2.1.0", "python_version": "3.9.1"}
     with pytest.raises(RuntimeError) as raised:
@@ -265,6 +330,7 @@ def test_other_version_of_ray_or_python_is_told():
     assert told.endswith("Install one version of Ray and of Python everywhere")
 
 
+@pytest.mark.ci
 def test_files_of_a_cluster_lie_where_paths_are_short(tmp_path, monkeypatch):
     long = tmp_path / ("x" * 60)
     long.mkdir()
@@ -277,6 +343,7 @@ def test_files_of_a_cluster_lie_where_paths_are_short(tmp_path, monkeypatch):
         folder.rmdir()
 
 
+@pytest.mark.ci
 def test_files_of_a_killed_cluster_are_swept(tmp_path):
     for name, age in (("old", 1e6), ("new", 0)):
         session = tmp_path / f"autoprune-ray-{name}" / "session_latest"
@@ -286,11 +353,13 @@ def test_files_of_a_killed_cluster_are_swept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["autoprune-ray-new"]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("workers", "why"),
     [
         ({"address": "auto"}, "address belongs to Ray; add engine: ray"),
         ({"gpus": 1}, "gpus belongs to Ray"),
+        ({"engine": "ray", "gpus": 1.5}, "share of one GPU .* found gpus: 1.5; give"),
         ({"engine": "dask"}, "Input should be 'process', 'ray' or 'ray-tune'"),
         (
             {"engine": "ray-tune", "address": "ray://head:10001"},
@@ -371,10 +440,11 @@ import os, time
 from pathlib import Path
 from toy_jobs import Light
 from toy_orders import no_recipe
-from autoprune.searching import ray_cluster
+from autoprune.searching import ray_cluster, ray_watch
 from autoprune.searching.ray_engine import RayCrew
 
 ray_cluster.SILENT_S = 6.0
+ray_watch.LOOK_S = 0.5
 cluster = ray_cluster.Cluster.open(None)
 crew = RayCrew(no_recipe(), cluster, count=1, cpus=1, evaluator=Light)
 while not crew.idle():
@@ -392,6 +462,8 @@ try:
         crew.wait(1.0)
 except Exception as error:
     print(f"{type(error).__name__}: {error}")
+with ray_watch.watched(cluster):  # while Ray Tune drives
+    time.sleep(2.0)
 crew.close()
 print(f"left after {time.monotonic() - began:.0f} s")
 """
@@ -401,6 +473,7 @@ def test_cluster_that_is_gone_is_told_before_ray_ends_the_process():
     said = run_python(HEADLESS, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     told = r"RunError: the local cluster is gone: its head at .* does not answer"
     assert re.search(told, said), said
+    assert said.count("is gone: its head at") == 2  # also while Tune waits
     assert int(re.search(r"left after (\d+) s", said)[1]) < 60
 
 

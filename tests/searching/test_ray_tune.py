@@ -94,6 +94,7 @@ def meets_trouble(trial):
     return "bits=3" in str(trial.policy["blocks.0.qkv"])
 
 
+@pytest.mark.ci
 def test_tune_measures_what_one_process_does(tmp_path, config, cluster, capfd):
     search(config(engine="process", count=None), tmp_path / "alone")
     capfd.readouterr()
@@ -190,6 +191,7 @@ def test_plugin_that_a_trial_lacks_ends_the_run_by_name(
         search(config(plugins=["ghost"]), tmp_path / "run")
 
 
+@pytest.mark.ci
 def test_halving_begins_with_what_the_ledger_knows():
     policy = Policy({"blocks.0.up": Action.parse("rtn(bits=4)")})
     rows = [
@@ -203,6 +205,7 @@ def test_halving_begins_with_what_the_ledger_knows():
         assert asha.on_trial_result(None, trial, {TIME: 1, VALUE: value}) == decision
 
 
+@pytest.mark.ci
 def test_policies_are_packed_without_loss():
     actions = [Action.parse(f"gptq(bits={bits}, group=128)") for bits in (2, 3, 4)]
     policy = Policy({f"blocks.{n}.up": actions[n % 3] for n in range(300)})
