@@ -139,6 +139,10 @@ def search(
         observer.stage("choosing among finalists")
         parts = [part.searched for part in searched]
         reserve = Reserve.of(first, table, parts[0].trials, export=export)
+        if table.budget:
+            observer.note(
+                f"of {table.left():.0f} s left, the end should take {reserve}"
+            )
         winner, finals = conclude(parts, observer, table.left, reserve)
         record = winner_record(first, winner, finals)
         write_text(folder / "finals.json", to_json(finals))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from autoprune.search_config import SearchConfig
 from autoprune.searching.clock import Timetable
 from autoprune.searching.plan import Plan
+from autoprune.searching.rivals import RANDOM, RIVALS, rival_kind
 from autoprune.searching.rows import Trial
 
 MARGIN = 1.15
@@ -30,7 +31,7 @@ START_S = 12.0
 PASSES_OF_DENSE = 2.0
 """Forward passes that the dense model takes: it is remembered, and measured."""
 
-RIVAL_KINDS = 5
+RIVAL_KINDS = len(RIVALS)
 """Kinds of rivals that finals may have to measure beside the finalists."""
 
 
@@ -59,6 +60,15 @@ class Reserve:
         """What has to come after the finalists, whatever becomes of them."""
         return self.report + self.export
 
+    def __str__(self) -> str:
+        """Say what is kept for what."""
+        refining = self.finalists * (self.solve + self.mix)
+        return (
+            f"{self.total:.0f} s: {self.rank:.0f} for the last choice, {refining:.0f} "
+            f"for refining, {self.report:.0f} for the report, {self.export:.0f} for "
+            "the export"
+        )
+
     @property
     def total(self) -> float:
         """All of it."""
@@ -79,7 +89,11 @@ class Reserve:
         windows = {name: len(split.ids) for name, split in plan.bench.splits.items()}
         settings = max(len(found) for found in plan.problem.space.choices.values())
         search = plan.config.search
-        return cls.estimate(search, windows, settings, table, trials, export=export)
+        kinds = {rival_kind(trial.origin) for trial in trials} - {None}
+        kinds |= {RANDOM} if "random" in search.rivals else set()
+        return cls.estimate(
+            search, windows, settings, table, trials, rivals=len(kinds), export=export
+        )
 
     @classmethod
     def estimate(
@@ -90,6 +104,7 @@ class Reserve:
         table: Timetable,
         trials: Sequence[Trial],
         *,
+        rivals: int = RIVAL_KINDS,
         export: bool,
     ) -> "Reserve":
         """Estimate from plain numbers.
@@ -100,10 +115,11 @@ class Reserve:
             settings: Actions of a site, whose variants were made together.
             table: What parts of the run have taken.
             trials: Those so far.
+            rivals: Kinds of rivals among them.
             export: Whether the winner will be exported.
         """
         window = window_s(trials, table.seconds.get("dense"), windows["fitness"])
-        candidates = search.finalists + RIVAL_KINDS
+        candidates = search.finalists + rivals
         solve = PASSES_OF_SOLVING * windows["statistics"] * window
         solve += table.seconds.get("variants", 0.0) / settings
         measured = windows["choice"] * window
@@ -115,7 +131,7 @@ class Reserve:
             rank=MARGIN * (candidates + 1.5) * measured,
             solve=MARGIN * (solve + measured) if asked != "none" else 0.0,
             mix=MARGIN * mix if asked == "mix" else 0.0,
-            report=MARGIN * (RIVAL_KINDS + 2.5) * windows["report"] * window,
+            report=MARGIN * (rivals + 2.5) * windows["report"] * window,
             export=MARGIN * (written + fresh) if export else 0.0,
         )
 

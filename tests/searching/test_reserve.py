@@ -65,3 +65,25 @@ def test_what_is_not_asked_for_takes_no_time(refine, zero):
 def test_fresh_process_takes_real_seconds_by_any_clock():
     quick = estimate({}, clock=FastClock(100.0))
     assert quick.export == pytest.approx(MARGIN * (2 * 1200 + 1200 + 3 * 16))
+
+
+def test_only_rivals_that_there_are_take_time():
+    few = Reserve.estimate(
+        SearchConfig(trials=1, finalists=4),
+        WINDOWS,
+        3,
+        Timetable(Clock(), None, 0.0, {}),
+        [trial(0, 4.0, 4)],
+        rivals=1,
+        export=False,
+    )
+    assert few.rank == pytest.approx(MARGIN * (4 + 1 + 1.5) * 8)
+    assert few.report == pytest.approx(MARGIN * (1 + 2.5) * 16)
+
+
+def test_it_says_what_is_kept_for_what():
+    told = str(Reserve(rank=10, solve=20, mix=5, report=7, export=30))
+    assert told == (
+        "97 s: 10 for the last choice, 50 for refining, 7 for the report, "
+        "30 for the export"
+    )

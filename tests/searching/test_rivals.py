@@ -128,6 +128,20 @@ def test_other_kinds_are_solved_for_alone(make: Make) -> None:
     assert not any("by" in origin for origin, _ in found)
 
 
+def test_other_kind_is_left_out_where_its_time_is_needed(make: Make) -> None:
+    plan = make(BLOCKS, {"size_bytes": "70%"})
+    told: list[str] = []
+    asked = measured(plan)
+    asked.seconds["fisher"] = 10.0
+    found = dict(solved_rivals(plan, asked, told.append, spare_s=99.0))
+    assert "measuring sensitivities (blend), for rivals" not in told
+    assert not any("by" in origin for origin in found)
+    solved_rivals(
+        plan, asked, told.append, spare_s=101.0 + 10 * asked.seconds["fisher"]
+    )
+    assert told[-1] == "measuring sensitivities (blend), for rivals"
+
+
 def test_what_is_measured_already_is_not_measured_again(make: Make) -> None:
     plan = make(BLOCKS, {"size_bytes": "70%"})
     space, told = plan.problem.space, []
