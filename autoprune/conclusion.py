@@ -1,7 +1,7 @@
 """How a run ends: the last choice, the report, and the record of the winner."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,8 @@ def conclude(
         observer: Hears of stages.
         left: Tells how many seconds are left for all that comes.
         reserve: What it is thought to take; finalists are refined as far as there is
-            time for it. None where there is time for all.
+            time for it, and more of them where time is left over. None where there is
+            no end to the time.
 
     Returns:
         The winner, and the figures of ``finals.json``.
@@ -82,14 +83,16 @@ def conclude(
         raise refused[0]
     ranked.sort(key=lambda finalist: cost(finalist.choice))
     elected, rival = elect(ranked, cost)
-    two = [elected, *([rival] if rival and rival is not elected else [])]
+    first = [elected, *([rival] if rival and rival is not elected else [])]
     resolved = [
-        _refined(finalist, cost, observer, plan, _refining(plan, left, reserve))
-        for finalist in two
+        _refined(finalist, cost, observer, plan, how)
+        for finalist, how in _to_refine(first, ranked, plan, left, reserve)
     ]
     winner = min(resolved, key=lambda finalist: cost(finalist.choice))
     observer.stage("measuring on the report split")
-    shown = [*resolved, *_beaten(ranked, rival)]
+    shown = resolved[: len(first)]
+    shown += [] if winner in shown else [winner]
+    shown += _beaten(ranked, shown)
     reports = [
         report(plan.bench, finalist)
         | {"sizes": sizes_by_target(plan.bench, finalist.candidate.policy)}
@@ -125,12 +128,41 @@ def _ranked(part: Searched, first: Plan, cost: Cost) -> list[Finalist]:
     return rank(first.bench, part.plan.bank, found, cost, basis=basis)
 
 
-def _refining(plan: Plan, left: Callable[[], float], reserve: Reserve | None) -> str:
+def _to_refine(
+    first: Sequence[Finalist],
+    ranked: Sequence[Finalist],
+    plan: Plan,
+    left: Callable[[], float],
+    reserve: Reserve | None,
+) -> Iterator[tuple[Finalist, str]]:
+    """Give finalists, the best first, and tell how far each is to be refined.
+
+    Time for trials is over: what others would leave unused refines further ones, as
+    long as one more takes no longer than the longest so far.
+    """
+    others = [one for one in ranked if one not in first]
+    longest, asked = 0.0, plan.config.search.refine
+    for place, finalist in enumerate([*first, *others]):
+        began = left()
+        how = _refining(asked, began, reserve)
+        if place >= len(first):
+            ends = reserve is not None and asked != "none" and math.isfinite(began)
+            if not ends or how != asked or _spare(began, reserve) < longest:
+                return
+        yield finalist, how
+        longest = max(longest, began - left())
+
+
+def _spare(left: float, reserve: Reserve | None) -> float:
+    """Tell how much of the time left does not belong to what comes after refining."""
+    return left - reserve.closing if reserve else math.inf
+
+
+def _refining(asked: str, left: float, reserve: Reserve | None) -> str:
     """Tell how far the next finalist can be refined, and the rest still be in time."""
-    asked = plan.config.search.refine
     if reserve is None:
         return asked
-    spare = left() - reserve.closing
+    spare = _spare(left, reserve)
     if asked == "mix" and spare >= reserve.solve + reserve.mix:
         return asked
     return "solve" if asked != "none" and spare >= reserve.solve else "none"
@@ -150,11 +182,11 @@ def _refined(
     return resolve_anew(plan.bench, finalist, cost, observer.advance, mix=mix)
 
 
-def _beaten(ranked: Sequence[Finalist], rival: Finalist | None) -> list[Finalist]:
-    """Give the best rival of each kind but that of the best one, as it was tried."""
+def _beaten(ranked: Sequence[Finalist], shown: Sequence[Finalist]) -> list[Finalist]:
+    """Give the best rival of each kind that is not shown yet, as it was tried."""
     best = {rival_kind(one.candidate.origin): one for one in reversed(ranked)}
-    shown = rival_kind(rival.candidate.origin) if rival else None
-    return [one for kind, one in best.items() if kind not in (None, shown)]
+    known = {None, *(rival_kind(one.candidate.origin) for one in shown)}
+    return [one for kind, one in best.items() if kind not in known]
 
 
 def winner_record(

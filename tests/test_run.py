@@ -24,6 +24,7 @@ from autoprune.reporting.status import RunStatus
 from autoprune.run import RANDOM_RIVAL, SearchResult, find_space, search
 from autoprune.searching.ledger import Ledger
 from autoprune.searching.plan import Plan
+from autoprune.searching.reserve import Reserve
 from autoprune.searching.rivals import RANDOM, rival_kind
 from autoprune.searching.rows import Trial
 from autoprune.searching.runs import read_trial, read_trials
@@ -698,6 +699,39 @@ def test_a_part_without_a_policy_that_keeps_the_limits_loses_nothing(
     assert winner.candidate.policy == whole.policy
     with pytest.raises(BudgetError, match="none of 4 trials kept every limit"):
         conclude([bad, bad], listener)
+
+
+def test_time_that_is_left_over_refines_further_finalists(
+    tiny_checkpoint: Path, text: str, tmp_path: Path
+) -> None:
+    config = config_of(
+        tiny_checkpoint, text, search={"trials": 8, "sampler": "tpe", "finalists": 4}
+    )
+    whole = search(config, tmp_path / "run")
+    with Ledger.read(whole.run_dir) as ledger:
+        trials = ledger.trials()
+    reserve = Reserve(rank=1, solve=1, mix=1, report=5, export=5)
+
+    def refined(left: Callable[[int], float], reserve: Reserve | None) -> list[str]:
+        """Tell who is refined, where so much time is left after each."""
+        plan, listener = Plan.make(config, load_plugins()), Listener()
+
+        def solved() -> list[str]:
+            return [name for name in listener.stages if name.startswith("solving")]
+
+        parts = [Searched("", plan, trials)]
+        _, finals = conclude(parts, listener, lambda: left(len(solved())), reserve)
+        kinds = [rival_kind(row["origin"]) for row in finals["rivals"]]
+        assert len(kinds) == len(set(kinds))
+        return solved()
+
+    ranked = len(whole.finals["finalists"])
+    usual = refined(lambda _: math.inf, reserve)
+    assert usual == refined(lambda _: math.inf, None) and len(usual) <= 2
+    much = refined(lambda _: 1000.0, reserve)
+    assert len(set(much)) == len(much) == ranked > 3 and much[: len(usual)] == usual
+    # Each takes ten seconds, and ten are for what follows: three leave 15.
+    assert refined(lambda solved: 45.0 - 10 * solved, reserve) == much[:3]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "bert"])
