@@ -19,9 +19,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from autoprune.config import RunConfig  # noqa: E402
 from autoprune.limits import parse_duration  # noqa: E402
 from autoprune.reporting.observer import Observer  # noqa: E402
-from autoprune.run import search  # noqa: E402
+from autoprune.run import find_space, search  # noqa: E402
 
 RESULT = Path(__file__).parent / "night.json"
 
@@ -37,6 +38,10 @@ class Watch(Observer):
         self.stages.append((name, time.monotonic()))
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} {name}\n")
 
+    def note(self, text: str) -> None:
+        """Show what a user is told."""
+        sys.stderr.write(f"         {text}\n")
+
 
 def main() -> None:
     """Search, print, and write ``night.json``."""
@@ -45,16 +50,13 @@ def main() -> None:
     parser.add_argument("--space", default="quick")
     asked = parser.parse_args()
     budget, watch = parse_duration(asked.budget), Watch()
+    config = RunConfig.from_yaml(find_space(asked.space))
+    timed = {"budget": budget, "trials": None}
+    search_config = config.search.model_copy(update=timed)
+    config = config.model_copy(update={"search": search_config})
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = search(
-            asked.space,
-            folder,
-            observer=watch,
-            export=True,
-            search__budget=asked.budget,
-            search__trials=None,
-        )
+        result = search(config, folder, observer=watch, export=True)
         took = time.monotonic() - began
     names, times = zip(*watch.stages, strict=True)
     ends = [*times[1:], began + took]
