@@ -8,6 +8,7 @@ writing and loading cost.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from autoprune.search_config import SearchConfig
 from autoprune.searching.clock import Timetable
@@ -119,7 +120,7 @@ class Reserve:
             export: Whether the winner will be exported.
         """
         window = window_s(trials, table.seconds.get("dense"), windows["fitness"])
-        candidates = search.finalists + rivals
+        put, candidates = put_s(trials), search.finalists + rivals
         solve = PASSES_OF_SOLVING * windows["statistics"] * window
         solve += table.seconds.get("variants", 0.0) / settings
         measured = windows["choice"] * window
@@ -128,12 +129,22 @@ class Reserve:
         written = table.seconds.get("preflight", start)
         fresh = start + written + 3 * windows["report"] * window
         return cls(
-            rank=MARGIN * (candidates + 1.5) * measured,
+            rank=MARGIN * ((candidates + 1.5) * measured + candidates * put),
             solve=MARGIN * (solve + measured) if asked != "none" else 0.0,
             mix=MARGIN * mix if asked == "mix" else 0.0,
             report=MARGIN * (rivals + 2.5) * windows["report"] * window,
             export=MARGIN * (written + fresh) if export else 0.0,
         )
+
+
+def put_s(trials: Sequence[Trial]) -> float:
+    """Tell what putting a policy on the model takes: the median of the last trials.
+
+    The first one does not count: it may read all it needs from a cold disk.
+    """
+    last = [trial for trial in trials[1:][-20:] if trial.windows]
+    found = [trial.timings.get("put_s", 0.0) for trial in last]
+    return median(found) if found else 0.0
 
 
 def window_s(

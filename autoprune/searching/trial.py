@@ -31,10 +31,13 @@ class Score:
         metrics: Value of every metric, by name.
         windows: KL of each window that it was measured on, from the first; empty where
             the model did not run.
+        put_s: Seconds that putting its variants on the model took: dear where they come
+            from a cold disk, and paid once, however many windows follow.
     """
 
     metrics: Mapping[str, float]
     windows: tuple[float, ...] = ()
+    put_s: float = 0.0
 
 
 class Evaluator(ABC):
@@ -153,7 +156,8 @@ class LocalEvaluator(Evaluator):
         if measured.quality is None:
             return Score(metrics)
         self._memory[policy.fingerprint] = measured.quality
-        return Score(metrics, tuple(measured.quality.kl.double().tolist()))
+        windows_kl = tuple(measured.quality.kl.double().tolist())
+        return Score(metrics, windows_kl, measured.timings["put_s"])
 
     def make(self, share: Share) -> int:
         """Make a share of the variants of the space."""

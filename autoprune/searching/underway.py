@@ -29,7 +29,7 @@ class Underway:
     now: Callable[[], float]
     timings: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
-            ("slopes_s", "propose_s", "evaluate_s"), 0.0
+            ("slopes_s", "propose_s", "put_s", "evaluate_s"), 0.0
         )
     )
     deaths: int = 0
@@ -50,6 +50,8 @@ class Underway:
             whole split.
         """
         assert self._course is not None
+        self.timings["put_s"] += score.put_s
+        self.timings["evaluate_s"] -= score.put_s
         try:
             return self._course.send(score)
         except StopIteration as ended:

@@ -9,7 +9,7 @@ from autoprune.searching.rows import Trial
 WINDOWS = {"statistics": 32, "fitness": 4, "choice": 8, "report": 16}
 
 
-def trial(number, seconds, windows):
+def trial(number, seconds, windows, put=0.0):
     return Trial(
         number,
         "complete",
@@ -19,7 +19,7 @@ def trial(number, seconds, windows):
         0,
         "",
         "",
-        timings={"evaluate_s": seconds, "propose_s": 99.0},
+        timings={"evaluate_s": seconds, "propose_s": 99.0, "put_s": put},
         windows=(1.0,) * windows,
     )
 
@@ -41,6 +41,17 @@ def test_window_costs_what_the_last_trials_say():
 def test_window_costs_what_the_dense_model_says_before_the_first_trial():
     assert window_s([], 6.0, 4) == 0.75
     assert window_s([], None, 4) == 0.0
+
+
+def test_first_trial_that_reads_a_cold_disk_does_not_take_the_time_of_all():
+    """It put variants on for 400 s, and was measured in one second a window."""
+    search = SearchConfig(trials=1, finalists=4)
+    rows = [trial(0, 4.0, 4, put=400.0), *(trial(n, 4.0, 4, put=2.0) for n in (1, 2))]
+    for known, put in ((rows[:1], 0.0), (rows, 2.0)):
+        table = Timetable(Clock(), None, 0.0, {})
+        found = Reserve.estimate(search, WINDOWS, 3, table, known, export=True)
+        assert found.rank == pytest.approx(MARGIN * ((4 + 5 + 1.5) * 8 + 9 * put))
+        assert found.solve == pytest.approx(MARGIN * (3 * 32 + 8))
 
 
 def test_parts_by_hand():

@@ -152,7 +152,7 @@ def test_row_holds_all_there_is_to_know(tmp_path, problem_of):
     assert row.seed == derive_seed(5, 0)
     assert row.values == (row.metrics["kl"],)
     assert row.metrics["size_bytes"] == problem.price("size_bytes", row.policy)
-    assert set(row.timings) == {"slopes_s", "propose_s", "evaluate_s"}
+    assert set(row.timings) == {"slopes_s", "propose_s", "put_s", "evaluate_s"}
     assert row.started <= row.finished
 
 
