@@ -138,7 +138,7 @@ def _to_refine(
     """Give finalists, the best first, and tell how far each is to be refined.
 
     Time for trials is over: what others would leave unused refines further ones, as
-    long as one more takes no longer than the longest so far.
+    far as it goes if one more takes as long as the longest so far.
     """
     others = [one for one in ranked if one not in first]
     longest, asked = 0.0, plan.config.search.refine
@@ -146,8 +146,11 @@ def _to_refine(
         began = left()
         how = _refining(asked, began, reserve)
         if place >= len(first):
-            ends = reserve is not None and asked != "none" and math.isfinite(began)
-            if not ends or how != asked or _spare(began, reserve) < longest:
+            if reserve is None or not math.isfinite(began):
+                return
+            if how == asked and _spare(began, reserve) < longest:
+                how = "solve" if asked == "mix" else "none"
+            if how == "none":
                 return
         yield finalist, how
         longest = max(longest, began - left())

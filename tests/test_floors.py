@@ -29,6 +29,7 @@ FLOORS = {
     "latency": 2,
     "exporting": 3,
     "evaluation": 4,
+    "training": 4,
     "targets": 4,
     "searching": 5,
     "reporting": 6,
@@ -77,7 +78,14 @@ HOMES = {
     "rich": {"cli", "commands", "reporting"},
     "scipy": {"searching"},
     "sqlalchemy": {"searching"},
-    "transformers": {"models", "exporting", "targets", "latency", "testing"},
+    "transformers": {
+        "models",
+        "exporting",
+        "targets",
+        "latency",
+        "testing",
+        "training",
+    },
     "typer": {
         "cli",
         "export_commands",

@@ -69,8 +69,8 @@ class BlockRunner:
         # The body of a model, without its head: what blocks need, and no more.
         self._body: nn.Module = getattr(model, "base_model", model)
         self._blocks = [model.get_submodule(path) for path in inventory.blocks]
-        device = next(model.parameters()).device
-        self._batches = [part.to(device) for part in torch.split(ids, batch)]
+        self._ids = ids.to(next(model.parameters()).device)
+        self._batches = torch.split(self._ids, batch)
         self._calls: dict[torch.Size, list[_Call]] = {}
 
     @torch.no_grad()
@@ -96,10 +96,24 @@ class BlockRunner:
     @torch.no_grad()
     def run(self, block: int, hidden: Hidden) -> list[Float[Tensor, "_ length hidden"]]:
         """Give the hidden states after a block; ``hidden`` enters it."""
-        return [
-            self._forward(block, self._recorded(ids.shape)[block], entering)
-            for ids, entering in zip(self._batches, hidden, strict=True)
-        ]
+        return [self.forward(block, entering) for entering in hidden]
+
+    def forward(
+        self, block: int, hidden: Float[Tensor, "windows length hidden"]
+    ) -> Float[Tensor, "windows length hidden"]:
+        """Run any windows through a block, with gradients where they are enabled.
+
+        Args:
+            block: Index of the block.
+            hidden: What enters it; no more windows than there are tokens for.
+        """
+        call = self._recorded(hidden.shape[:2])[block]
+        if call.named:
+            output = self._blocks[block](hidden_states=hidden, **call.kwargs)
+        else:
+            output = self._blocks[block](hidden, *call.args, **call.kwargs)
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        return after
 
     def collect(
         self,
@@ -185,6 +199,7 @@ class BlockRunner:
             handle.remove()
         return entered[0]
 
+    @torch.no_grad()
     def _recorded(self, shape: torch.Size) -> list[_Call]:
         """Give the call of every block for a shape of batch."""
         if shape not in self._calls:
@@ -211,21 +226,12 @@ class BlockRunner:
             }
             try:
                 with answering(skipped):
-                    ids = next(ids for ids in self._batches if ids.shape == shape)
-                    self._run_body(ids)
+                    self._run_body(self._ids[: shape[0]])
             finally:
                 for handle in handles:
                     handle.remove()
             self._calls[shape] = [calls[index] for index in range(len(self._blocks))]
         return self._calls[shape]
-
-    def _forward(self, block: int, call: _Call, hidden: Tensor) -> Tensor:
-        if call.named:
-            output = self._blocks[block](hidden_states=hidden, **call.kwargs)
-        else:
-            output = self._blocks[block](hidden, *call.args, **call.kwargs)
-        after: Tensor = output[0] if isinstance(output, tuple) else output
-        return after
 
 
 def _split(module: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, _Call]:

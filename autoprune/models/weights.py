@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -80,8 +80,8 @@ def find_weight(model: nn.Module, name: str) -> Float[Tensor, "out in"] | None:
 
 def view_of_layer(
     model: nn.Module, name: str, tensor: Tensor
-) -> Float[Tensor, "out in"] | None:
-    """View a parameter, or its gradient, as one layer; None if it holds no such.
+) -> Shaped[Tensor, "out in"] | None:
+    """View a parameter, its gradient or its mask as one layer; None if it has no such.
 
     Args:
         model: The model.

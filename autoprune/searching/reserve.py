@@ -16,8 +16,8 @@ from autoprune.searching.plan import Plan
 from autoprune.searching.rivals import RANDOM, RIVALS, rival_kind
 from autoprune.searching.rows import Trial
 
-MARGIN = 1.15
-"""Factor on estimates."""
+MARGIN = 1.05
+"""Factor on estimates. In half an hour on SmolLM2-135M, 1.15 left 5 % of it unused."""
 
 PASSES_OF_SOLVING = 3.0
 """Forward passes over the statistics that solving a policy anew takes beside its

@@ -155,6 +155,21 @@ def test_hidden_states_carry_no_gradient(
     assert not any(part.requires_grad for part in hidden)
 
 
+@pytest.mark.parametrize("windows", [1, 3, WINDOWS])
+def test_any_windows_pass_a_block_with_gradients(
+    tiny_model: LlamaForCausalLM, ids: Tensor, windows: int
+) -> None:
+    blocks = runner(tiny_model, ids)
+    hidden = torch.cat(blocks.start())[-windows:]
+    with torch.no_grad():
+        expected = torch.cat(blocks.run(0, blocks.start()))[-windows:]
+    weight = tiny_model.model.layers[0].mlp.down_proj.weight.requires_grad_()
+    after = blocks.forward(0, hidden)
+    assert torch.allclose(after, expected, atol=1e-5)
+    after.square().mean().backward()
+    assert weight.grad is not None and weight.grad.any()
+
+
 @dataclass
 class Output:
     """What a model's body gives."""

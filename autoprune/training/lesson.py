@@ -1,0 +1,99 @@
+"""What one block has to learn, and the number type that it learns in."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from autoprune.models.blocks import BlockRunner
+
+Stream = Float[Tensor, "windows length hidden"]
+"""Hidden states of all windows between two blocks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """A block with what enters it and what it should give.
+
+    Attributes:
+        runner: Runs the block.
+        block: Its index.
+        entering: What it reads.
+        wanted: What it should give.
+        training: So many of the first windows train; the others judge.
+        batch: Windows that pass at a time.
+    """
+
+    runner: BlockRunner
+    block: int
+    entering: Stream
+    wanted: Stream
+    training: int
+    batch: int
+
+    @torch.no_grad()
+    def advance(self, stream: Stream) -> None:
+        """Turn what enters the block into what it gives, as it stands now."""
+        for windows in (stream[: self.training], stream[self.training :]):
+            for part in windows.split(self.batch):
+                part.copy_(self.runner.forward(self.block, part))
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Give the loss on the windows that judge."""
+        judging = slice(self.training, None)
+        total = 0.0
+        for entering, wanted in zip(
+            self.entering[judging].split(self.batch),
+            self.wanted[judging].split(self.batch),
+            strict=True,
+        ):
+            given = self.runner.forward(self.block, entering)
+            total += float(_loss(given, wanted)) * len(wanted)
+        return total / len(self.wanted[judging])
+
+    @torch.enable_grad()
+    def backward(self, rows: Int[Tensor, " windows"]) -> None:
+        """Send back the gradient of the loss on some windows."""
+        entering, dtype = self.entering[rows], self.entering.dtype
+        with torch.autocast(
+            entering.device.type, dtype, enabled=dtype != torch.float32
+        ):
+            given = self.runner.forward(self.block, entering)
+        _loss(given, self.wanted[rows]).backward()
+
+
+def _loss(given: Stream, wanted: Stream) -> Float[Tensor, ""]:
+    """Give the mean square of the error, over that of what is wanted, per position.
+
+    Position by position: some carry hidden states many times as large as all others
+    (Sun et al. 2024, arXiv:2402.17762), and would drown them.
+    """
+    wanted = wanted.float()
+    error = (given.float() - wanted).square().mean(-1)
+    size = wanted.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (error / size).mean()
+
+
+@contextmanager
+def in_float32(
+    parameters: Sequence[nn.Parameter], as_stored: torch.dtype
+) -> Iterator[None]:
+    """Give parameters tensors of their own to train, in which small steps count.
+
+    At the end they have the type that they had, rounded to the stored one.
+    """
+    before = [(one.dtype, one.requires_grad) for one in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter, (dtype, required) in zip(parameters, before, strict=True):
+            parameter.grad = None
+            parameter.data = parameter.data.to(as_stored).to(dtype)
+            parameter.requires_grad_(required)
