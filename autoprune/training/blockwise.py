@@ -4,8 +4,8 @@ No pass goes back through more than one block, so what is held does not grow wit
 one block's graph and its optimizer, and the hidden states of two streams. The dense
 stream is what the dense model has between its blocks, and what is to be learnt. The
 compressed stream is what the compressed blocks leave, those before already trained, so
-that a block also makes up for their errors. The regional optimizer of Wanda++
-(arXiv:2503.04992, Sec. 4.2) trains on dense inputs, which is an option here.
+that a block also makes up for their errors. Wanda++ (arXiv:2503.04992) refines blocks
+so, in turn with its choice of masks; here masks stay.
 """
 
 import math

