@@ -87,12 +87,6 @@ class PostgresServer:
             time.sleep(0.05)
         raise TimeoutError((self.folder / "log").read_text())
 
-    def stop(self) -> None:
-        """Have the server write all that it holds, and end."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGINT)
-        self._process.wait(60)
-
     def kill(self) -> None:
         """Kill every process of the server at once, as a machine does that fails."""
         assert self._process is not None

@@ -10,9 +10,13 @@ _LOST = ("08", "57P01", "57P02", "57P03", "57P05")
 _PASSING = {"40001", "40P01", "55P03", "57014"}
 """SQL states that another try may not meet: deadlocks, locks, cancelled statements."""
 
+_FULL = (
+    "Its disk is full. What was written before is kept; free the disk of the server "
+    "and run the same command again."
+)
+
 _BY_STATE = {
-    "53100": "Its disk is full. What was written before is kept; free the disk of the "
-    "server and run the same command again.",
+    "53100": _FULL,
     "25006": "It takes no writes now: it is a standby, or set to read only. What was "
     "written before is kept; give the URL of the primary, or let it take writes "
     "(default_transaction_read_only), and run the same command again.",
@@ -22,6 +26,7 @@ _BY_STATE = {
 }
 
 _BY_TEXT = (
+    (("No space left",), _FULL),
     (
         ("password authentication failed", "no password supplied"),
         "Set PGPASSWORD, or write the password to ~/.pgpass.",
