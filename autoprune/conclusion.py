@@ -148,7 +148,7 @@ def _to_refine(
         if place >= len(first):
             if reserve is None or not math.isfinite(began):
                 return
-            if how == asked and _spare(began, reserve) < longest:
+            if how == asked and began - reserve.closing < longest:
                 how = "solve" if asked == "mix" else "none"
             if how == "none":
                 return
@@ -156,16 +156,11 @@ def _to_refine(
         longest = max(longest, began - left())
 
 
-def _spare(left: float, reserve: Reserve | None) -> float:
-    """Tell how much of the time left does not belong to what comes after refining."""
-    return left - reserve.closing if reserve else math.inf
-
-
 def _refining(asked: str, left: float, reserve: Reserve | None) -> str:
     """Tell how far the next finalist can be refined, and the rest still be in time."""
     if reserve is None:
         return asked
-    spare = _spare(left, reserve)
+    spare = left - reserve.closing
     if asked == "mix" and spare >= reserve.solve + reserve.mix:
         return asked
     return "solve" if asked != "none" and spare >= reserve.solve else "none"
