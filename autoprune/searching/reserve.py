@@ -33,6 +33,9 @@ START_S = 12.0
 PASSES_OF_DENSE = 2.0
 """Forward passes that the dense model takes: it is remembered, and measured."""
 
+PASSES_OF_VERIFYING = 2.0
+"""Forward passes over the report split that an export takes after it is written."""
+
 RIVAL_KINDS = len(RIVALS)
 """Kinds of rivals that finals may have to measure beside the finalists."""
 
@@ -128,12 +131,12 @@ class Reserve:
         mix = PASSES_OF_MIXING * windows["fitness"] * window + measured
         asked, start = search.refine, table.clock.real(START_S)
         written = table.seconds.get("preflight", start)
-        fresh = start + written + 3 * windows["report"] * window
+        fresh = start + PASSES_OF_VERIFYING * windows["report"] * window
         return cls(
             rank=MARGIN * ((candidates + 1.5) * measured + candidates * put),
             solve=MARGIN * (solve + measured) if asked != "none" else 0.0,
             mix=MARGIN * mix if asked == "mix" else 0.0,
-            report=MARGIN * (rivals + 2.5) * windows["report"] * window,
+            report=MARGIN * (rivals + 1.5) * windows["report"] * window,
             export=MARGIN * (written + fresh) if export else 0.0,
         )
 

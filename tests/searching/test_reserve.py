@@ -59,8 +59,8 @@ def test_parts_by_hand():
     assert found.rank == pytest.approx(MARGIN * (4 + 5 + 1.5) * 8)
     assert found.solve == pytest.approx(MARGIN * (3 * 32 + 60 / 3 + 8))
     assert found.mix == pytest.approx(MARGIN * (4 * 4 + 8))
-    assert found.report == pytest.approx(MARGIN * (5 + 2.5) * 16)
-    assert found.export == pytest.approx(MARGIN * (5 + 12 + 5 + 3 * 16))
+    assert found.report == pytest.approx(MARGIN * (5 + 1.5) * 16)
+    assert found.export == pytest.approx(MARGIN * (5 + 12 + 2 * 16))
     whole = found.rank + 2 * (found.solve + found.mix) + found.report + found.export
     assert found.total == pytest.approx(whole)
     assert found.closing == found.report + found.export
@@ -75,7 +75,7 @@ def test_what_is_not_asked_for_takes_no_time(refine, zero):
 
 def test_fresh_process_takes_real_seconds_by_any_clock():
     quick = estimate({}, clock=FastClock(100.0))
-    assert quick.export == pytest.approx(MARGIN * (2 * 1200 + 1200 + 3 * 16))
+    assert quick.export == pytest.approx(MARGIN * (2 * 1200 + 2 * 16))
 
 
 def test_only_rivals_that_there_are_take_time():
@@ -89,7 +89,7 @@ def test_only_rivals_that_there_are_take_time():
         export=False,
     )
     assert few.rank == pytest.approx(MARGIN * (4 + 1 + 1.5) * 8)
-    assert few.report == pytest.approx(MARGIN * (1 + 2.5) * 16)
+    assert few.report == pytest.approx(MARGIN * (1 + 1.5) * 16)
 
 
 def test_it_says_what_is_kept_for_what():
