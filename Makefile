@@ -14,7 +14,7 @@ ALL := not gpu and not network
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: setup demo test test-fast test-all lint format bench bench-search bench-methods \
-	bench-memory bench-export clean help
+	bench-memory bench-export bench-schedules clean help
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)  ## Make .venv and install AutoPrune there (the default)
@@ -67,6 +67,10 @@ bench-memory: $(STAMP)  ## Peak memory of a calibration pass, by width and by de
 bench-export: $(STAMP)  ## Every export target with every kind of policy; resumes
 	$(BIN)/python results/export/bench.py $(CELLS)
 	$(BIN)/python results/export/memory.py
+
+bench-schedules: $(STAMP)  ## Recoveries, and when to prune; resumes
+	$(BIN)/python results/schedules/recovery.py $(CELLS)
+	$(BIN)/python results/schedules/from_scratch.py $(CELLS)
 
 clean:  ## Remove caches and what was built; .venv and results stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

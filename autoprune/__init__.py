@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from autoprune.searching.proposer import Proposer
     from autoprune.searching.strategies import Brief, PolicySampler, SamplerFactory
     from autoprune.serving import load
+    from autoprune.training.recovery import Pupil, RecoveryMethod
+    from autoprune.training.schedule import Outline, Phase, Schedule
     from autoprune.transfer import apply, evaluate
 
     __version__: str
@@ -68,17 +70,22 @@ __all__ = [
     "MethodError",
     "Metric",
     "ModelError",
+    "Outline",
     "Parameter",
+    "Phase",
     "PluginError",
     "Policy",
     "PolicyError",
     "PolicySampler",
     "ProfileError",
     "Proposer",
+    "Pupil",
+    "RecoveryMethod",
     "Reward",
     "RunConfig",
     "RunError",
     "SamplerFactory",
+    "Schedule",
     "Site",
     "Source",
     "Storage",
@@ -126,6 +133,8 @@ _HOMES = {
     "serving": ("load",),
     "searching.formulas": ("Formula", "Ladder"),
     "searching.proposer": ("Proposer",),
+    "training.recovery": ("Pupil", "RecoveryMethod"),
+    "training.schedule": ("Outline", "Phase", "Schedule"),
     "searching.strategies": ("Brief", "PolicySampler", "SamplerFactory"),
 }
 """Where the public names are defined."""

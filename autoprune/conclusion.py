@@ -25,6 +25,9 @@ from autoprune.searching.rivals import rival_kind
 from autoprune.searching.rows import Trial
 from autoprune.searching.runs import name_of
 
+Recover = Callable[[Sequence[Finalist]], list[Finalist]]
+"""Trains finalists, the best first, and gives the best of what comes of it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Searched:
@@ -46,6 +49,7 @@ def conclude(
     observer: Observer,
     left: Callable[[], float] = lambda: math.inf,
     reserve: Reserve | None = None,
+    recover: Recover | None = None,
 ) -> tuple[Finalist, dict[str, Any]]:
     """Choose on text the search never saw; report on text that nothing ever saw.
 
@@ -56,6 +60,8 @@ def conclude(
         reserve: What it is thought to take; finalists are refined as far as there is
             time for it, and more of them where time is left over. None where there is
             no end to the time.
+        recover: Trains the finalists, the best first, and gives what is best then;
+            None where nothing is trained.
 
     Returns:
         The winner, and the figures of ``finals.json``.
@@ -88,7 +94,9 @@ def conclude(
         _refined(finalist, cost, observer, plan, how)
         for finalist, how in _to_refine(first, ranked, plan, left, reserve)
     ]
-    winner = min(resolved, key=lambda finalist: cost(finalist.choice))
+    by_cost = sorted(resolved, key=lambda finalist: cost(finalist.choice))
+    trained = recover(by_cost) if recover else []
+    winner = min([*resolved, *trained], key=lambda finalist: cost(finalist.choice))
     observer.stage("measuring on the report split")
     shown = resolved[: len(first)]
     shown += [] if winner in shown else [winner]
@@ -117,6 +125,14 @@ def conclude(
             }
             for finalist in ranked
         ],
+        "trained": [
+            {
+                "trial": name_of(finalist.candidate.part, finalist.candidate.trial),
+                "schedule": finalist.candidate.policy.schedule,
+                "choice": finalist.choice.metrics,
+            }
+            for finalist in trained
+        ],
     }
 
 
@@ -137,22 +153,22 @@ def _to_refine(
 ) -> Iterator[tuple[Finalist, str]]:
     """Give finalists, the best first, and tell how far each is to be refined.
 
-    Time for trials is over: what others would leave unused refines further ones, as
-    far as it goes if one more takes as long as the longest so far.
+    Time for trials is over: what others would leave unused refines further ones, while
+    one more is in time if it takes as long as the longest so far.
     """
-    others = [one for one in ranked if one not in first]
-    longest, asked = 0.0, plan.config.search.refine
-    for place, finalist in enumerate([*first, *others]):
+    asked, longest = plan.config.search.refine, 0.0
+    for finalist in first:
         began = left()
         how = _refining(asked, began, reserve)
-        if place >= len(first):
-            if reserve is None or not math.isfinite(began):
-                return
-            if how == asked and began - reserve.closing < longest:
-                how = "solve" if asked == "mix" else "none"
-            if how == "none":
-                return
         yield finalist, how
+        longest = max(longest, began - left() if how == asked else math.inf)
+    if reserve is None or not math.isfinite(left()) or asked == "none":
+        return
+    for finalist in (one for one in ranked if one not in first):
+        began = left()
+        if began - reserve.closing < longest:
+            return
+        yield finalist, asked
         longest = max(longest, began - left())
 
 

@@ -14,7 +14,12 @@ from pydantic import (
 
 from autoprune.errors import ConfigError, unknown_name
 from autoprune.limits import Limit
-from autoprune.search_config import Part, SearchConfig, WorkersConfig
+from autoprune.search_config import (
+    Part,
+    RecoveryConfig,
+    SearchConfig,
+    WorkersConfig,
+)
 
 Budgets = dict[str, Annotated[Limit, BeforeValidator(Limit.parse)]]
 
@@ -29,6 +34,7 @@ class TextConfig(Part):
         fitness: Windows of split B, on which trials are compared.
         choice: Windows of split C, for the choice among finalists.
         report: Windows of split D, the figures that the user sees; touched once.
+        recovery: Windows of split A that recoveries train on; one in eight judges.
     """
 
     source: str = "builtin"
@@ -37,11 +43,16 @@ class TextConfig(Part):
     fitness: int = Field(2, ge=1)
     choice: int = Field(8, ge=1)
     report: int = Field(8, ge=1)
+    recovery: int = Field(0, ge=0)
 
     @property
     def windows(self) -> dict[str, int]:
-        """Windows wanted of each split, by its name."""
-        return self.model_dump(exclude={"source", "window"})
+        """Windows wanted of each split, by its name.
+
+        Recoveries train on those of the statistics' split.
+        """
+        wanted = self.model_dump(exclude={"source", "window", "recovery"})
+        return wanted | {"statistics": max(self.statistics, self.recovery)}
 
 
 class Rule(Part):
@@ -120,6 +131,7 @@ class RunConfig(Part):
         objective: What is wanted.
         latency: The device and the workloads whose time counts; none by default.
         search: How and how long.
+        recovery: How finalists are trained after it; not at all by default.
         workers: Who evaluates: this process, others beside it, or a cluster.
         export: The export target, which decides what size means.
         tensor_parallel: GPUs that have to share every layer of an export; what they
@@ -137,12 +149,22 @@ class RunConfig(Part):
     objective: ObjectiveConfig = ObjectiveConfig()
     latency: LatencyConfig | None = None
     search: SearchConfig
+    recovery: RecoveryConfig | None = None
     workers: WorkersConfig = WorkersConfig()
     ledger: str | None = None
     mirror: str | None = None
     export: str = "packed"
     tensor_parallel: int = Field(1, ge=1)
     plugins: list[str] = []
+
+    @model_validator(mode="after")
+    def _text_to_train_on(self) -> Self:
+        if self.recovery and self.text.recovery < 2:
+            raise ValueError(
+                "recovery trains on some windows of the text and judges by others: "
+                f"give text.recovery, such as 128; found {self.text.recovery}"
+            )
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> "RunConfig":

@@ -212,9 +212,10 @@ def _chosen(
         return [(winner, policy, bank_of(plan.bench, winner))]
     found = []
     for name, one, reference in named:
-        bank = plan.bench.bank(reference)
+        made = made_for(plan.bench, reference)
+        bank = bank_of(plan.bench, one.policy.to_dict() | made)
         measured = plan.bench.measure(one.policy, bank, "report").metrics
-        record = made_for(plan.bench, reference) | {
+        record = made | {
             "trial": name,
             "seed": plan.config.search.seed,
             "text": measured_on(plan.bench, plan.config.text, "report"),

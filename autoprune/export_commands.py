@@ -109,6 +109,48 @@ def apply(
         tell_exports([report], as_json=as_json)
 
 
+def train(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")],
+    *,
+    policy: Annotated[
+        Path, typer.Option(help="A policy.json, or the folder of a run or an export.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="one-shot + distill(tokens=65536); the policy's by default."),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(min=2, help="Windows of the text to train on.")
+    ] = 128,
+    target: Target = None,
+    text: Text = None,
+    plugin: Modules = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a model by a policy and its schedule, and export it."""
+    with session(verbose=verbose) as console:
+        from autoprune import transfer
+        from autoprune.config import TextConfig
+
+        asked = text_config(text) or TextConfig()
+        with observing(console) as observer:
+            report = transfer.apply(
+                policy,
+                model=model,
+                out=out,
+                target=target or TARGET,
+                text=asked.model_copy(update={"recovery": windows}),
+                schedule=schedule,
+                force=force,
+                plugins=plugin or [],
+                observer=observer,
+            )
+        tell_exports([report], as_json=as_json)
+
+
 def targets(
     *,
     markdown: Annotated[
@@ -135,5 +177,5 @@ def targets(
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (export, verify, apply, targets):
+    for command in (export, verify, apply, train, targets):
         app.command()(command)

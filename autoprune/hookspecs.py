@@ -60,6 +60,11 @@ def register_architectures() -> "Sequence[Any]":
 
 
 @hookspec
+def register_layer_kinds() -> "Sequence[Any]":
+    """Return ``LayerKind`` objects: how modules of a class hold a layer."""
+
+
+@hookspec
 def register_exporters() -> "Sequence[Any]":
     """Return ``Exporter`` objects: formats in which a compressed model is written."""
 
@@ -67,6 +72,16 @@ def register_exporters() -> "Sequence[Any]":
 @hookspec
 def register_latency_backends() -> "Sequence[Any]":
     """Return ``LatencyBackend`` objects, which open devices that times are told of."""
+
+
+@hookspec
+def register_schedules() -> "Sequence[Any]":
+    """Return ``Schedule`` objects: one-shot, gradual, iterative, with rewinding."""
+
+
+@hookspec
+def register_recoveries() -> "Sequence[Any]":
+    """Return ``RecoveryMethod`` objects: fine-tuning, adapters, block by block."""
 
 
 @hookspec
@@ -94,8 +109,11 @@ HOOKS: "tuple[Callable[..., Any], ...]" = (
     register_rewards,
     register_text_sources,
     register_architectures,
+    register_layer_kinds,
     register_exporters,
     register_latency_backends,
+    register_schedules,
+    register_recoveries,
     register_formulas,
     propose_policies,
     trial_finished,

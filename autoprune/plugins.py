@@ -29,8 +29,11 @@ _BASES = {
     "rewards": "autoprune.evaluation.reward:Reward",
     "text_sources": "autoprune.models.text:TextSource",
     "architectures": "autoprune.models.layers:Architecture",
+    "layer_kinds": "autoprune.models.kinds:LayerKind",
     "exporters": "autoprune.exporting.exporter:Exporter",
     "latency_backends": "autoprune.latency.device:LatencyBackend",
+    "schedules": "autoprune.training.schedule:Schedule",
+    "recoveries": "autoprune.training.recovery:RecoveryMethod",
     "formulas": "autoprune.searching.proposer:Proposer",
 }
 """What each ``register_*`` hook must return, named by string and imported late."""
@@ -40,6 +43,7 @@ _DISABLED = "AUTOPRUNE_DISABLE_PLUGINS"
 _BY_HAND = "named by hand"
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _SINGULAR = {kind: kind.removesuffix("s").replace("_", " ") for kind in _BASES}
+_SINGULAR["recoveries"] = "recovery"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,8 @@ def load_plugins(extra: Iterable[str] = ()) -> Plugins:
         record = _load(manager, record, partial(importlib.import_module, module))
         records.append(record)
     objects, records = _collect(manager, records)
+    if kinds := objects["layer_kinds"]:
+        importlib.import_module("autoprune.models.kinds").learn(kinds.values())
     for record in records:
         if record.error and record.distribution == _BY_HAND:
             raise PluginError(f"cannot load plugin {record.module!r}: {record.error}")

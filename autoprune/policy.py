@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from autoprune.errors import PolicyError, unknown_name
+from autoprune.errors import PolicyError
 from autoprune.sites import Layer as Layer
 from autoprune.sites import Site as Site
 
@@ -21,7 +21,9 @@ Value = int | float | bool | str
 """A parameter of a step."""
 
 POLICY_FORMAT = 1  # of the policy file; a reader refuses a newer one
-SCHEDULES = ("one-shot",)
+ONE_SHOT = "one-shot"
+"""The schedule that applies all steps once and trains nothing."""
+
 _STEP = re.compile(r"\s*([a-z][\w-]*)\s*(?:\(([^()]*)\))?\s*")
 _LIST = re.compile(r"\[([^\[\]]*)\]")
 _WORD = re.compile(r"[\w.:%+-]+")
@@ -115,11 +117,13 @@ class Policy(Mapping[str, Action]):
 
     Attributes:
         actions: Site name to action, in the order of the sites.
-        schedule: When and how often steps are applied.
+        schedule: When and how often steps are applied, and what recovers quality
+            after: ``one-shot``, ``iterative(rounds=3) + lora(tokens=65536)``. Its names
+            are those of plugins, as an action's are.
     """
 
     actions: Mapping[str, Action]
-    schedule: str = "one-shot"
+    schedule: str = ONE_SHOT
 
     def __getitem__(self, site: str) -> Action:
         return self.actions[site]
@@ -168,9 +172,11 @@ class Policy(Mapping[str, Action]):
                 f"the policy has format {version!r}, this AutoPrune reads up to "
                 f"{POLICY_FORMAT}. Update AutoPrune."
             )
-        schedule = data.get("schedule", SCHEDULES[0])
-        if schedule not in SCHEDULES:
-            raise PolicyError(unknown_name("schedule", str(schedule), SCHEDULES))
+        schedule = data.get("schedule", ONE_SHOT)
+        try:
+            schedule = str(Action.parse(schedule))
+        except PolicyError as error:
+            raise PolicyError(f"not a policy: its schedule: {error}") from error
         read: dict[str, Action] = {}
         for text in data["actions"].values():
             if not isinstance(text, str) or text not in read:

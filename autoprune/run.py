@@ -20,6 +20,7 @@ from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.machine import to_json
 from autoprune.reporting.observer import Observer
+from autoprune.retraining import check_recovery, recovery_of
 from autoprune.searching.addresses import parse_url, plain
 from autoprune.searching.clock import Clock, Timetable
 from autoprune.searching.engines import open_crew
@@ -113,6 +114,7 @@ def search(
     observer = observer or Observer()
     observer.stage("loading model and text")
     first = Plan.make(config, load_plugins(config.plugins))
+    check_recovery(first)
     _tell(first, observer)
     searched: list[Part] = []
     with ExitStack() as opened:
@@ -143,7 +145,14 @@ def search(
             observer.note(
                 f"of {table.left():.0f} s left, the end should take {reserve}"
             )
-        winner, finals = conclude(parts, observer, table.left, reserve)
+        recover = recovery_of(
+            first,
+            folder,
+            observer,
+            left=lambda: table.left() - reserve.last,
+            stop=around.stop,
+        )
+        winner, finals = conclude(parts, observer, table.left, reserve, recover)
         record = winner_record(first, winner, finals)
         write_text(folder / "finals.json", to_json(finals))
         write_text(folder / "policy.json", to_json(record))

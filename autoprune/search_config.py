@@ -106,6 +106,28 @@ class SearchConfig(Part):
         return self
 
 
+class RecoveryConfig(Part):
+    """How finalists get their quality back by training, as a search of its own.
+
+    Attributes:
+        schedules: Courses to choose from: ``iterative(rounds=[2, 4]) +
+            distill(tokens=65536)``; a list in a parameter stands for a choice.
+        candidates: How many of the finalists are tried with them, the best first.
+        trials: Most courses that are carried out; all of them by default.
+        short: Share of a course's tokens after which the worse are given up; 1 for
+            none. The others are trained from the start.
+        share: Of the time of the run, what is kept for all this.
+        price: What a million tokens of training cost, in the unit of the objective.
+    """
+
+    schedules: list[str] = Field(min_length=1)
+    candidates: int = Field(2, ge=1)
+    trials: int | None = Field(None, ge=1)
+    short: float = Field(0.25, gt=0, le=1)
+    share: float = Field(0.4, gt=0, lt=1)
+    price: float = Field(0.0, ge=0)
+
+
 class WorkersConfig(Part):
     """Who evaluates. Any of it may change when a run goes on.
 

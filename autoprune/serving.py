@@ -23,7 +23,7 @@ from autoprune.latency.workload import Workload
 from autoprune.models.layers import Inventory, inventory
 from autoprune.plugins import Plugins, load_plugins
 from autoprune.policy import Layer
-from autoprune.transfer import read_policy
+from autoprune.policy_files import read_policy
 
 PACKED = "packed"
 """The target whose folders still know how each layer is stored."""

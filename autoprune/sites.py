@@ -13,7 +13,7 @@ class Cut:
     so many directions, and an embedding makes them as columns.
 
     Attributes:
-        kind: ``channels``, ``heads`` or ``hidden``.
+        kind: ``channels``, ``heads``, ``hidden`` or ``stream``.
         axis: ``rows`` of a layer that makes units, ``columns`` of one that takes them.
         unit: Rows or columns of one unit.
         units: How many units there are.
@@ -38,10 +38,15 @@ class Layer:
         role: What the layer is in its block: ``q_proj``, ``down_proj`` ...
         input: Layers with equal ``input`` read the same activations and share their
             statistics; None where there are none to take (an embedding).
-        uses: How often one token passes: 1, or experts chosen over experts there are.
+        uses: How often one token passes: 1, or experts chosen over experts there are;
+            of a convolution, how many patches of one image.
         cut: Where the units of its structure lie; None if it is part of none.
-        hidden: Where the directions of the hidden state lie; None where the model does
-            not allow to rotate it.
+        hidden: Where the directions of the hidden state lie, or the channels of a
+            residual stream; None where the model does not allow to remove them.
+        norm: Path of the norm that scales each of its outputs by a factor of its own;
+            None if none is known.
+        kernel: Columns of one input channel, which stand side by side: the places of a
+            convolution's kernel.
     """
 
     name: str
@@ -53,6 +58,8 @@ class Layer:
     uses: float = 1.0
     cut: Cut | None = field(default=None, compare=False)
     hidden: Cut | None = field(default=None, compare=False)
+    norm: str | None = field(default=None, compare=False)
+    kernel: int = field(default=1, compare=False)
 
     @property
     def numel(self) -> int:
@@ -69,7 +76,8 @@ class Site:
         layers: The layers, in the model's order.
         kind: What is acted on: ``weights`` for matrices as a whole; ``channels`` or
             ``heads`` where units of all layers go together; ``block``; ``embedding``;
-            ``hidden`` for the whole model, whose layers share the hidden state.
+            ``stream`` for the channels that several blocks share; ``hidden`` for the
+            whole model, whose layers share the hidden state.
     """
 
     name: str

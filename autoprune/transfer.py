@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,20 @@ from autoprune.compression.reusing import refuse_gradients
 from autoprune.config import TextConfig
 from autoprune.deliver import ExportReport, export_policy
 from autoprune.errors import ConfigError, PolicyError, unknown_name
-from autoprune.evaluation.origin import Origin
+from autoprune.evaluation.origin import ANEW, Origin
 from autoprune.evaluation.provenance import made_for, measured_on
+from autoprune.evaluation.scheduled import course_of, own_bank
 from autoprune.evaluation.targets import check_target
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.folder import POLICY_FILE
 from autoprune.exporting.fresh_process import measure
 from autoprune.exporting.marker import MARKER
-from autoprune.models.checkpoints import Checkpoint, load_tokenizer
-from autoprune.models.text import load_splits
+from autoprune.models.checkpoints import Checkpoint
+from autoprune.models.task import Task
 from autoprune.plugins import Plugins, load_plugins
-from autoprune.policy import Policy
+from autoprune.policy import ONE_SHOT, Policy
+from autoprune.policy_files import read_policy, read_record, task_of
 from autoprune.reporting.observer import Observer
-
-DEFAULT_TASK = "causal-lm"
-"""What a model is for where nothing says otherwise."""
 
 STATISTICS = ("anew", "reuse")
 """Whose statistics variants are made from: the model's own, or the original's."""
@@ -43,6 +43,7 @@ def apply(
     target: str = "packed",
     task: str | None = None,
     text: TextConfig | None = None,
+    schedule: str | None = None,
     adapt: bool = False,
     statistics: str = STATISTICS[0],
     tensor_parallel: int = 1,
@@ -65,7 +66,9 @@ def apply(
         out: Folder to write.
         target: Export target.
         task: What the model is for; by default what the policy was made for.
-        text: Which text to take statistics from, anew, and to measure on.
+        text: Which text to take statistics from, anew, to train and to measure on.
+        schedule: How the policy is applied, in the place of its own schedule:
+            ``iterative(rounds=3) + distill(tokens=65536)``.
         adapt: Take the policy to a model of another depth, by relative depth and type
             of site; else the model has to have the same sites.
         statistics: ``anew`` or ``reuse``.
@@ -75,7 +78,8 @@ def apply(
         observer: Hears of stages.
 
     Raises:
-        ConfigError: If ``statistics`` is neither.
+        ConfigError: If ``statistics`` is neither; or the schedule trains, but no text
+            is set aside for it.
         PolicyError: If the policy does not fit the model, or its statistics cannot be
             reused: its model is gone, has changed or has other layers.
         MethodError: If statistics are reused and a method reads gradients.
@@ -84,22 +88,29 @@ def apply(
     observer = observer or Observer()
     record = _reused_record(policy, statistics, adapt=adapt)
     chosen = policy if isinstance(policy, Policy) else read_policy(policy)
-    task = task or _task_of(policy)
+    task = task or task_of(policy)
     text = text or TextConfig()
     observer.stage("loading model and text")
     bench = _open(load_plugins(plugins), model, task, text, target, tensor_parallel)
     if adapt:
         chosen = adapted(chosen, bench.inventory)
     chosen = bench.actions.canonical_policy(chosen)
+    if schedule is not None:
+        chosen = replace(chosen, schedule=course_of(bench, schedule).text)
     check_target(bench, chosen, target)  # what does not fit is refused before any work
     if record is None:
-        bank, made = bench.bank(chosen), made_for(bench, chosen)
+        bank, made = own_bank(bench, chosen), made_for(bench, chosen)
+    elif chosen.schedule != ONE_SHOT:
+        raise PolicyError(
+            f"the schedule {chosen.schedule!r} takes statistics of what it has trained:"
+            f" they cannot be reused. {ANEW}"
+        )
     else:
         refuse_gradients(bench.actions, bench.per_layer(chosen).items())
         observer.stage("loading the model whose statistics are reused")
         origin = Origin.open(load_plugins(plugins), record, target=target)
         bank, made = origin.bank_for(bench), origin.record_for(bench)
-    observer.stage("making variants")
+    observer.stage(_making(chosen))
     bank.make(bench.per_layer(chosen).items(), observer.advance)
     observer.stage("measuring on the report split")
     record = made | {
@@ -161,21 +172,30 @@ def evaluate(
                 f"{model} is an export, which has its policy already; put {policy} on "
                 "the dense model"
             )
-        task = task or _task_of(Path(model) / POLICY_FILE)
+        task = task or task_of(Path(model) / POLICY_FILE)
         return {"export": _measure_export(Path(model), task, text, plugins)}
-    task = task or _task_of(policy)
+    task = task or task_of(policy)
     bench = _open(load_plugins(plugins), model, task, text or TextConfig(), target)
     observer.stage("measuring the dense model")
     found = {"dense": bench.dense_metrics("report")}
     if policy is not None:
         chosen = policy if isinstance(policy, Policy) else read_policy(policy)
         chosen = bench.actions.canonical_policy(chosen)
-        bank = bench.bank(chosen)
-        observer.stage("making variants")
+        bank = own_bank(bench, chosen)
+        observer.stage(_making(chosen))
         bank.make(bench.per_layer(chosen).items(), observer.advance)
         observer.stage("measuring the policy")
         found["policy"] = bench.measure(chosen, bank, "report").metrics
     return found
+
+
+def _making(policy: Policy) -> str:
+    """Name the stage in which variants are made."""
+    return (
+        "making variants"
+        if policy.schedule == ONE_SHOT
+        else f"carrying out {policy.schedule}"
+    )
 
 
 def _reused_record(
@@ -202,7 +222,7 @@ def _reused_record(
             "of a policy.json, or take statistics anew"
         )
     read_policy(policy)  # refuses what is no policy
-    return _record(policy)
+    return read_record(policy)
 
 
 def _measure_export(
@@ -216,10 +236,12 @@ def _measure_export(
         text = TextConfig(
             **{k: named[k] for k in TextConfig.model_fields if k in named}
         )
-    splits = load_splits(
+    loaded = load_plugins(plugins)
+    kind: Task = loaded.get("tasks", task)
+    splits = kind.load_splits(
         text.source,
-        load_plugins(plugins).objects["text_sources"],
-        load_tokenizer(Checkpoint(str(folder), folder, "")),
+        loaded.objects["text_sources"],
+        kind.load_tokenizer(Checkpoint(str(folder), folder, "")),
         length=text.window,
         windows=text.windows,
         seed=record.get("seed", SEED),
@@ -236,37 +258,6 @@ def _measure_export(
         }
     )
     return {name: found[name] for name in ("perplexity", "size_bytes")}
-
-
-def _task_of(policy: str | Path | Policy | None) -> str:
-    """Tell what a policy's file says that it was made for; else the usual task."""
-    if policy is None or isinstance(policy, Policy):
-        return DEFAULT_TASK
-    read_policy(policy)  # refuses what is no policy
-    return str(_record(policy).get("task", DEFAULT_TASK))
-
-
-def _record(path: str | Path) -> dict[str, Any]:
-    """Read all that stands beside a policy; what is no policy was refused before."""
-    found: dict[str, Any] = json.loads(_file(path).read_text(encoding="utf-8"))
-    return found
-
-
-def _file(path: str | Path) -> Path:
-    """Find the policy's file: of a run or an export the one in its folder."""
-    return Path(path) / POLICY_FILE if Path(path).is_dir() else Path(path)
-
-
-def read_policy(path: str | Path) -> Policy:
-    """Read a policy from its file, or from the folder of a run or an export.
-
-    Raises:
-        PolicyError: If the file is missing or holds no policy.
-    """
-    try:
-        return Policy.from_dict(json.loads(_file(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, PolicyError) as error:
-        raise PolicyError(f"cannot read the policy {path}: {error}") from error
 
 
 def _open(

@@ -121,6 +121,13 @@ def test_a_policy_survives_json() -> None:
     assert Policy.from_dict({"actions": data["actions"]}) == policy
 
 
+def test_a_schedule_is_read_as_an_action_is() -> None:
+    told = "iterative( rounds=2 )+lora(tokens=64, rank=8)"
+    policy = Policy.from_dict({"actions": {}, "schedule": told})
+    assert policy.schedule == "iterative(rounds=2) + lora(rank=8, tokens=64)"
+    assert policy.fingerprint != Policy({}).fingerprint
+
+
 def test_a_fingerprint_names_what_a_policy_does() -> None:
     policy = Policy({"a": HALF, "b": DENSE})
     turned = Policy({"b": DENSE, "a": HALF})
@@ -140,8 +147,12 @@ def test_a_fingerprint_names_what_a_policy_does() -> None:
         ({"actions": {}, "format": "1"}, "has format '1'"),
         ({"actions": {}, "format": 0}, "has format 0"),
         (
-            {"actions": {}, "schedule": "one-shoot"},
-            "unknown schedule 'one-shoot'. Did you mean 'one-shot'",
+            {"actions": {}, "schedule": "one-shot("},
+            r"its schedule: cannot read 'one-shot\('",
+        ),
+        (
+            {"actions": {}, "schedule": None},
+            "its schedule: an action is text such as",
         ),
         ({"actions": {"a": "rtn("}}, r"cannot read 'rtn\('"),
         ({"actions": {"a": None}}, "found None"),

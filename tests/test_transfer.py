@@ -19,8 +19,9 @@ from autoprune.errors import (
     PolicyError,
 )
 from autoprune.policy import DENSE, Policy
+from autoprune.policy_files import read_policy
 from autoprune.run import SearchResult, search
-from autoprune.transfer import apply, evaluate, read_policy
+from autoprune.transfer import apply, evaluate
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ from autoprune.compression.store import VariantStore
 from autoprune.compression.streaming import Progress, StreamingPass
 from autoprune.compression.variant import Variant
 from autoprune.compression.variant_maker import VariantMaker
+from autoprune.errors import PolicyError
 from autoprune.models.blocks import BlockRunner
 from autoprune.models.gradients import GRADIENTS, TaskLoss
 from autoprune.models.layers import Inventory
 from autoprune.models.text import TokenWindows
-from autoprune.policy import Action, Layer, digest
+from autoprune.policy import ONE_SHOT, Action, Layer, Policy, digest
 
 INPUTS_VERSION = 2
 """Raised when a bank takes its inputs in another way; part of every variant's key."""
@@ -64,6 +65,23 @@ class VariantBank:
         dtype = str(self.stitched.dtype)  # inputs differ with the type they come from
         inputs = [self.revision, self.tokens.fingerprint, dtype, reference]
         return digest([INPUTS_VERSION, *inputs])
+
+    @property
+    def schedule(self) -> str:
+        """The schedule that the variants have gone through."""
+        return ONE_SHOT
+
+    def check_schedule(self, policy: Policy) -> None:
+        """See that a policy's schedule is the bank's.
+
+        Raises:
+            PolicyError: If it is another: its variants would not be these.
+        """
+        if policy.schedule != self.schedule:
+            raise PolicyError(
+                f"the policy's schedule is {policy.schedule!r}, but the variants are "
+                f"those of {self.schedule!r}. Open the bank that belongs to the policy"
+            )
 
     def key(self, layer: Layer, action: Action) -> str:
         """Name a variant by all that it depends on, and nothing else.

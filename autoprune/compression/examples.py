@@ -5,6 +5,7 @@ refuse, what they store.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 
 from autoprune.compression.actions import Actions
@@ -12,11 +13,15 @@ from autoprune.compression.method import CompressionMethod, Parameter
 from autoprune.compression.storage import Storage
 from autoprune.errors import MethodError
 from autoprune.models.hidden import HIDDEN, KERNEL
+from autoprune.models.structures import STREAM
 from autoprune.policy import Action, Layer, Step, Value
 from autoprune.sites import Cut
 
 SIDE = 1024
 """Rows and columns of the layer on which examples are priced."""
+
+KERNEL_PLACES = 16
+"""Places of a kernel of that layer, for methods that see it as a convolution."""
 
 _UNITS = {"channels": SIDE, "heads": SIDE // 64}
 """Channels of that layer, and heads of 64."""
@@ -77,6 +82,7 @@ def example_layer(
     """
     kind = next((kind for kind in _UNITS if kind in method.kinds), "channels")
     cut = Cut(kind, "columns", SIDE // _UNITS[kind], _UNITS[kind])
+    hidden = STREAM if STREAM in method.kinds else HIDDEN
     return Layer(
         "example",
         (SIDE, SIDE),
@@ -85,7 +91,8 @@ def example_layer(
         role="down_proj",
         input=input,
         cut=cut,
-        hidden=Cut(HIDDEN, "rows", KERNEL, SIDE // KERNEL),
+        hidden=Cut(hidden, "rows", KERNEL, SIDE // KERNEL),
+        kernel=KERNEL_PLACES,
     )
 
 
@@ -95,7 +102,8 @@ def example_action(
     """Give an action that ends with the example of a method.
 
     A method that refuses a dense layer gets a step before it: of all that it accepts,
-    the one that needs the fewest statistics, then the one that stores least.
+    the one that needs the fewest statistics, then the one that stores least. It treats
+    any layer, not only convolutions.
 
     Raises:
         MethodError: If it refuses the dense layer and what any other method leaves.
@@ -113,7 +121,8 @@ def example_action(
             first = example_step(other)
         except MethodError:  # it has none, and is told so where it is shown itself
             continue
-        if actions.refuses(layer, Action((first, step))) is None:
+        any_layer = actions.refuses(replace(layer, kernel=1), Action((first,))) is None
+        if any_layer and actions.refuses(layer, Action((first, step))) is None:
             size = actions.storage(layer, Action((first,))).nbytes
             found.append((len(other.needs), size, name, first))
     if not found:

@@ -43,7 +43,7 @@ class HiddenMethod(CompressionMethod):
         self, layer: Layer, previous: Storage, settings: Settings
     ) -> str | None:
         """Say why a layer cannot be treated, or None."""
-        if layer.hidden is None:
+        if layer.hidden is None or layer.hidden.kind != HIDDEN:
             return (
                 "the hidden state of this model cannot be rotated: that takes a family "
                 "that is described so, with nothing but norms of root mean squares "

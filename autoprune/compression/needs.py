@@ -28,7 +28,8 @@ def structured_steps(
         for action in own:
             if actions.is_structured(action):
                 first = action.steps[0]
-                place = inventory.group_of(layer), first.method
+                kinds = actions.method(first).kinds
+                place = inventory.group_of(layer, kinds), first.method
                 found.setdefault(place, {})[first] = None
     return found
 
@@ -64,5 +65,6 @@ def _concerned(
     actions: Actions, inventory: Inventory, layer: Layer, action: Action
 ) -> tuple[Layer, ...]:
     """Name the layers that an action looks at: a whole site, or the layer alone."""
-    whole = actions.is_structured(action)
-    return inventory.group_of(layer).layers if whole else (layer,)
+    if not actions.is_structured(action):
+        return (layer,)
+    return inventory.group_of(layer, actions.method(action.steps[0]).kinds).layers

@@ -6,7 +6,10 @@ Sizes are exact because declared storages and packed variants share one table of
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
+from torch import nn
+
 from autoprune.compression.formats import FORMATS, INTEGERS
+from autoprune.models.layers import Inventory, untouched_parameters
 from autoprune.policy import Layer
 
 BITMAP = "bitmap"
@@ -258,6 +261,12 @@ class Storage:
         if self.hidden is not None:
             return self.kept * ITEM_BYTES[self.dtype]
         return sum(part.nbytes for part in self.parts.values())
+
+
+def untouched_parts(model: nn.Module, inventory: Inventory) -> dict[str, Part]:
+    """List what a checkpoint stores beside the layers; see ``untouched_parameters``."""
+    found = untouched_parameters(model, inventory)
+    return {name: Part(*about) for name, about in found.items()}
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -56,7 +56,7 @@ SITES = {
 def places(method: CompressionMethod) -> str:
     """Tell which sites of a space a method acts on."""
     return "Name sites such as " + ", ".join(
-        SITES[kind] for kind in sorted(method.kinds)
+        SITES.get(kind, f"*.{kind}") for kind in sorted(method.kinds)
     )
 
 

@@ -21,6 +21,7 @@ from autoprune.compression.needs import (
 from autoprune.compression.store import VariantStore
 from autoprune.compression.variant import Variant
 from autoprune.errors import PluginError, StoreError
+from autoprune.models.finding import norm_scale
 from autoprune.models.gradients import LayerGradients
 from autoprune.models.layers import Inventory
 from autoprune.models.statistics import NO_STATISTICS, Gathering, InputStatistics
@@ -162,7 +163,13 @@ class VariantMaker:
     def _dense(self, layers: Sequence[Layer]) -> list[Source]:
         weights = [self.stitched.dense_weight(layer) for layer in layers]
         return [
-            Source(layer, Variant.dense(weight), weight, self.gradients.get(layer))
+            Source(
+                layer,
+                Variant.dense(weight),
+                weight,
+                self.gradients.get(layer),
+                norm_scale(self.stitched.model, layer),
+            )
             for layer, weight in zip(layers, weights, strict=True)
         ]
 

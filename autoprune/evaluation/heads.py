@@ -1,18 +1,30 @@
 """The head as it stands on a model: known again, and checked against its logits."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from autoprune.errors import ModelError
-from autoprune.models.task import Batch, Head, Task, output_layer
+from autoprune.models.inputs import fitted
+from autoprune.models.task import Head, Task, output_layer
 
 HEAD_AGREEMENT = 0.02
 """Largest difference of logits, over the largest logit: rounding to bfloat16."""
 
 
-def check_head(task: Task, model: nn.Module, batch: Batch) -> None:
+_CHECKED = 16
+"""Positions of a window whose logits are compared."""
+
+
+def check_head(
+    task: Task, model: nn.Module, ids: Int[Tensor, "windows length"], tokenizer: Any
+) -> None:
     """Hold that the head gives the model's own logits, on a few positions."""
-    expected = model(**batch.inputs).logits[batch.scored].float()
+    batch = task.batch(task.first_positions(ids, _CHECKED), tokenizer)
+    logits = model(**fitted(model, batch.inputs)).logits
+    expected = batch.at_scored(logits).float()
     found = task.head(model).logits(task.features(model, batch))
     difference = float((found - expected).abs().max() / expected.abs().max())
     if difference > HEAD_AGREEMENT:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+from jaxtyping import Int
+from torch import Tensor
+
 from autoprune.compression.storage import Part, Storage
 from autoprune.evaluation.quality import Quality
 from autoprune.exporting.exporter import Exporter
+from autoprune.models.task import Task
 from autoprune.policy import Layer
 
 Direction = Literal["minimize", "maximize"]
@@ -59,6 +63,8 @@ class Evidence:
         quality: Its divergence and loss; None before the model has run.
         model: The model with the policy on it; None before that.
         tokenizer: The model's tokenizer.
+        ids: The windows that it was measured on; None before that.
+        task: What the model is for; None before that.
     """
 
     scene: Scene
@@ -66,6 +72,8 @@ class Evidence:
     quality: Quality | None = None
     model: Any = None
     tokenizer: Any = None
+    ids: Int[Tensor, "windows length"] | None = None
+    task: Task | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +101,14 @@ class Metric(ABC):
         name: Unique, lower case; names the unit where there is one.
         direction: Which way is better.
         needs_model: True if the model has to run.
+        tasks: Names of the tasks that it belongs to; empty for all.
         help: What it is, with its unit, in one line.
     """
 
     name: str
     direction: Direction
     needs_model: ClassVar[bool] = False
+    tasks: ClassVar[frozenset[str]] = frozenset()
     help: str
 
     @abstractmethod
@@ -112,3 +122,10 @@ class Metric(ABC):
     def total_limit(self, limit: float, scene: Scene) -> float:
         """Turn a limit on the metric into a largest sum of prices."""
         return limit
+
+
+def metrics_of(task: str, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Give the metrics that a task has: those of all tasks, and its own."""
+    fitting = {name: one for name, one in metrics.items() if not one.tasks}
+    own = {name: one for name, one in metrics.items() if task in one.tasks}
+    return fitting | own

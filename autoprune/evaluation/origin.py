@@ -15,7 +15,7 @@ from autoprune.plugins import Plugins
 _KEYS = ("model", "task", "seed", "text", "reference", "mix")
 """What the record of a policy says of the inputs of its variants."""
 
-_ANEW = "Take statistics anew, without --statistics reuse"
+ANEW = "Take statistics anew, without --statistics reuse"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Origin:
             )
         except (ModelError, TextError) as error:
             raise PolicyError(
-                f"the statistics of {source} cannot be reused: {error}. {_ANEW}"
+                f"the statistics of {source} cannot be reused: {error}. {ANEW}"
             ) from error
         for what, found, known in (
             ("model", bench.checkpoint.revision, revision),
@@ -70,7 +70,7 @@ class Origin:
             if found != known:
                 raise PolicyError(
                     f"the statistics of {source} cannot be reused: its {what} was "
-                    f"{known} when the policy was made, and is {found} now. {_ANEW}"
+                    f"{known} when the policy was made, and is {found} now. {ANEW}"
                 )
         inputs = {key: told.get(key) for key in ("reference", "mix")}
         return cls(bank_of(bench, {**record, **inputs}), told)
@@ -100,7 +100,7 @@ def _told(record: Mapping[str, Any]) -> Mapping[str, Any]:
             raise PolicyError(
                 "the policy does not say whose statistics could be reused: its "
                 f"{key!r} is {found!r}. Give the policy.json of a run or an export. "
-                f"Or t{_ANEW[1:]}"
+                f"Or t{ANEW[1:]}"
             )
     return told
 

@@ -8,8 +8,9 @@ from typing import Any
 from autoprune.compression.bank import VariantBank
 from autoprune.compression.mixed import MixedBank
 from autoprune.config import TextConfig
+from autoprune.evaluation.scheduled import trained_bank
 from autoprune.evaluation.workbench import Workbench
-from autoprune.policy import Policy
+from autoprune.policy import ONE_SHOT, Policy
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ def bank_of(bench: Workbench, record: Mapping[str, Any]) -> VariantBank:
         bench: The model.
         record: The policy with what ``made_for`` says of it.
     """
+    policy = Policy.from_dict(record)
+    if policy.schedule != ONE_SHOT:
+        return trained_bank(bench, policy)
     bank, mix = bench.bank(_reference_in(record)), Mix.of(record)
     if mix is None:
         return bank
-    sites = bench.inventory.sites_for(Policy.from_dict(record))
+    sites = bench.inventory.sites_for(policy)
     layers = frozenset(la for s in sites if s.name in mix.sites for la in s.layers)
     return MixedBank.of(bank, bench.bank(mix.reference), layers)
 

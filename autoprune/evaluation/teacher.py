@@ -33,8 +33,6 @@ from autoprune.models.text import TokenWindows
 HEADS = 4
 """States of the head that are remembered beside the dense one: its variants are few."""
 
-_CHECKED = 16
-
 
 @dataclass(eq=False)
 class _HeadState:
@@ -79,7 +77,7 @@ class Teacher:
         self._heads = [self._new_state(model)]
         self.head = self._heads[0].head
         with torch.inference_mode():
-            check_head(task, model, task.batch(windows.ids[:1, :_CHECKED], tokenizer))
+            check_head(task, model, windows.ids[:1], tokenizer)
             self._all = task.batch(windows.ids, tokenizer)
             counts = self._all.scored.sum(1).tolist()
             self._ends = list(accumulate(counts, initial=0))

@@ -1,6 +1,5 @@
 """All that it takes to measure a policy: model, tokens, variants, metrics."""
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,33 +11,29 @@ import torch
 from autoprune.compression.actions import Actions
 from autoprune.compression.apply import StitchedModel
 from autoprune.compression.bank import VariantBank
-from autoprune.compression.storage import Part, Storage
+from autoprune.compression.storage import Part, Storage, untouched_parts
 from autoprune.compression.store import VariantStore, cap_bytes
 from autoprune.config import TextConfig
 from autoprune.errors import ConfigError, unknown_name
-from autoprune.evaluation.metric import Evidence, Measured, Metric, Scene
+from autoprune.evaluation.metric import Evidence, Measured, Metric, Scene, metrics_of
 from autoprune.evaluation.precision import choose_compute_dtype
 from autoprune.evaluation.quality import Quality
 from autoprune.evaluation.teacher import Teacher
 from autoprune.evaluation.teacher_cache import TeacherCache
 from autoprune.exporting.exporter import Exporter, ExportJob
 from autoprune.exporting.sharded import sharded
-from autoprune.models.checkpoints import (
-    Checkpoint,
-    cache_dir,
-    load_model,
-    load_tokenizer,
-    resolve,
-)
+from autoprune.models.checkpoints import Checkpoint, cache_dir, load_model, resolve
+from autoprune.models.feeding import fed
 from autoprune.models.gradients import TaskLoss
-from autoprune.models.layers import Inventory, inventory, untouched_parameters
+from autoprune.models.layers import Inventory, inventory
 from autoprune.models.prefix import Prefix
+from autoprune.models.recovery_text import with_recovery
 from autoprune.models.task import Task, output_layer
-from autoprune.models.text import TokenWindows, load_splits
+from autoprune.models.text import TokenWindows
 from autoprune.plugins import Plugins
 from autoprune.policy import Action, Layer, Policy
-
-log = logging.getLogger(__name__)
+from autoprune.training.recovery import RecoveryMethod
+from autoprune.training.schedule import Schedule
 
 
 @dataclass(eq=False)
@@ -58,6 +53,7 @@ class Workbench:
         splits: Token windows of the splits, by name.
         store: Where variants are kept.
         untouched: Tensors of a plain checkpoint that belong to no layer.
+        schedules, recoveries: All of them, by name.
     """
 
     checkpoint: Checkpoint
@@ -72,6 +68,8 @@ class Workbench:
     splits: Mapping[str, TokenWindows]
     store: VariantStore
     untouched: Mapping[str, Part]
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+    recoveries: Mapping[str, RecoveryMethod] = field(default_factory=dict)
     _teachers: dict[str, Teacher] = field(default_factory=dict)
     _storages: dict[tuple[Layer, Action], Storage] = field(default_factory=dict)
     _scenes: dict[str | None, Scene] = field(default_factory=dict)
@@ -112,8 +110,8 @@ class Workbench:
         kind: Task = plugins.get("tasks", task)
         plugins.get("exporters", target)  # a wrong name is told before a model is read
         checkpoint = resolve(model, cache=cache)
-        tokenizer = load_tokenizer(checkpoint)
-        splits = load_splits(
+        tokenizer = kind.load_tokenizer(checkpoint)
+        splits = kind.load_splits(
             text.source,
             plugins.objects["text_sources"],
             tokenizer,
@@ -121,16 +119,14 @@ class Workbench:
             windows=text.windows,
             seed=seed,
         )
+        splits = with_recovery(splits, text.statistics) if text.recovery else splits
         loaded = load_model(checkpoint, kind.auto_class)
         found = inventory(loaded, list(plugins.objects["architectures"].values()))
         found = found if fuse else found.unfused()
-        untouched = {
-            name: Part(*about)
-            for name, about in untouched_parameters(loaded, found).items()
-        }
+        found = fed(loaded, found, kind.feed(tokenizer), splits["statistics"].ids[:1])
+        untouched = untouched_parts(loaded, found)  # in the types that are stored
         targets: Mapping[str, Exporter] = plugins.objects["exporters"]
-        known = {name: one.for_model(loaded, found) for name, one in targets.items()}
-        exporters = sharded(known, loaded, found, tensor_parallel)
+        exporters = sharded(targets, loaded, found, tensor_parallel)
         dtype = choose_compute_dtype(
             kind,
             loaded,
@@ -148,10 +144,12 @@ class Workbench:
             Actions(plugins.methods),
             exporters[target],
             exporters,
-            plugins.objects["metrics"],
+            metrics_of(kind.name, plugins.objects["metrics"]),
             splits,
             VariantStore(cache / "variants", cap_bytes()),
             untouched,
+            plugins.objects["schedules"],
+            plugins.objects["recoveries"],
         )
 
     @property
@@ -244,6 +242,7 @@ class Workbench:
             MethodError: If a step refuses a layer.
             ConfigError: If a metric is unknown; lists near misses.
         """
+        bank.check_schedule(policy)
         names = self.metrics if metrics is None else metrics
         wanted = [self.metric(name) for name in names]
         needs_model = any(metric.needs_model for metric in wanted)
@@ -265,6 +264,8 @@ class Workbench:
                 quality=quality,
                 model=model,
                 tokenizer=self.tokenizer,
+                ids=self.splits[split].ids[: len(quality.kl)],
+                task=self.task,
             )
         run = time.perf_counter()
         values = {metric.name: metric.measure(evidence) for metric in wanted}
@@ -282,6 +283,7 @@ class Workbench:
 
     def job(self, policy: Policy, bank: VariantBank) -> ExportJob:
         """Describe the export of a policy."""
+        bank.check_schedule(policy)
         actions = self.per_layer(policy)
         return ExportJob(
             self.checkpoint,

@@ -17,7 +17,7 @@ from autoprune.errors import AutoPruneError
 from autoprune.exporting.digests import digests_of
 from autoprune.exporting.marker import exporter_of
 from autoprune.exporting.probe import Probe, in_float32
-from autoprune.models.checkpoints import Checkpoint, load_tokenizer
+from autoprune.models.checkpoints import Checkpoint
 from autoprune.models.task import Task
 from autoprune.plugins import load_plugins
 
@@ -41,7 +41,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     if request["dtype"]:
         for parameter in model.parameters():  # buffers keep the precision they need
             parameter.data = parameter.data.to(getattr(torch, request["dtype"]))
-    tokenizer = load_tokenizer(Checkpoint(str(folder), folder, ""))
+    tokenizer = task.load_tokenizer(Checkpoint(str(folder), folder, ""))
     with torch.inference_mode():
         head = task.head(model)
         losses = []

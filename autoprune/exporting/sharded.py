@@ -99,12 +99,13 @@ class Sharded(Exporter):
 def sharded(
     exporters: Mapping[str, Exporter], model: Any, inventory: Inventory, ways: int
 ) -> dict[str, Exporter]:
-    """Let targets keep to what so many GPUs can share; one GPU takes anything.
+    """Let targets know a model, and keep to what so many GPUs can share of it.
 
     Raises:
         ConfigError: If so many cannot share the dense model.
     """
-    if ways == 1:
-        return dict(exporters)
+    known = {name: one.for_model(model, inventory) for name, one in exporters.items()}
+    if ways == 1:  # it takes anything
+        return known
     parallel = TensorParallel.of(model, inventory, ways)
-    return {name: Sharded(one, parallel) for name, one in exporters.items()}
+    return {name: Sharded(one, parallel) for name, one in known.items()}

@@ -12,12 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from autoprune.errors import ModelError
-from autoprune.models.inputs import OnInput, watching
+from autoprune.models.inputs import OnInput, fitted, watching
 from autoprune.models.layers import Inventory
 from autoprune.policy import Layer
 
-Hidden = Sequence[Float[Tensor, "_ length hidden"]]
-"""Hidden states of all windows, batch by batch."""
+Hidden = Sequence[Float[Tensor, "_ ..."]]
+"""Hidden states of all windows, batch by batch: ``[windows, length, hidden]`` where
+windows are tokens, ``[windows, channels, height, width]`` where they are images."""
 
 
 class _Entered(Exception):
@@ -46,13 +47,13 @@ class BlockRunner:
     """Runs a model's blocks one at a time, over all windows.
 
     What a block is given beside hidden states (position embeddings, masks, which differ
-    between sliding and full attention) is recorded once per shape of batch, in one
+    between sliding and full attention) is recorded once per size of batch, in one
     ordinary forward pass.
 
     Args:
         model: The model, in evaluation mode; a causal decoder or an encoder.
         inventory: Its blocks and layers.
-        ids: Tokens.
+        ids: Windows: of tokens, or of what the feed of the inventory reads.
         batch: Windows that pass a block at a time.
     """
 
@@ -71,10 +72,10 @@ class BlockRunner:
         self._blocks = [model.get_submodule(path) for path in inventory.blocks]
         self._ids = ids.to(next(model.parameters()).device)
         self._batches = torch.split(self._ids, batch)
-        self._calls: dict[torch.Size, list[_Call]] = {}
+        self._calls: dict[int, list[_Call]] = {}
 
     @torch.no_grad()
-    def start(self) -> list[Float[Tensor, "_ length hidden"]]:
+    def start(self) -> list[Float[Tensor, "_ ..."]]:
         """Give the hidden states that enter block 0, without running any block.
 
         Raises:
@@ -84,7 +85,7 @@ class BlockRunner:
         hidden = []
         for ids in self._batches:
             entered, call = self._enter(ids)
-            if not _same(call, self._recorded(ids.shape)[0]):
+            if not _same(call, self._recorded(len(ids))[0]):
                 raise ModelError(
                     f"cannot run {type(self._model).__name__} block by block: what "
                     f"{self._inventory.blocks[0]!r} is given beside hidden states "
@@ -94,20 +95,20 @@ class BlockRunner:
         return hidden
 
     @torch.no_grad()
-    def run(self, block: int, hidden: Hidden) -> list[Float[Tensor, "_ length hidden"]]:
+    def run(self, block: int, hidden: Hidden) -> list[Float[Tensor, "_ ..."]]:
         """Give the hidden states after a block; ``hidden`` enters it."""
         return [self.forward(block, entering) for entering in hidden]
 
     def forward(
-        self, block: int, hidden: Float[Tensor, "windows length hidden"]
-    ) -> Float[Tensor, "windows length hidden"]:
+        self, block: int, hidden: Float[Tensor, "windows ..."]
+    ) -> Float[Tensor, "windows ..."]:
         """Run any windows through a block, with gradients where they are enabled.
 
         Args:
             block: Index of the block.
             hidden: What enters it; no more windows than there are tokens for.
         """
-        call = self._recorded(hidden.shape[:2])[block]
+        call = self._recorded(len(hidden))[block]
         if call.named:
             output = self._blocks[block](hidden_states=hidden, **call.kwargs)
         else:
@@ -122,7 +123,7 @@ class BlockRunner:
         on_input: OnInput,
         *,
         inputs: Collection[str] | None = None,
-    ) -> list[Float[Tensor, "_ length hidden"]]:
+    ) -> list[Float[Tensor, "_ ..."]]:
         """Run a block and show what its layers read.
 
         Args:
@@ -148,7 +149,7 @@ class BlockRunner:
             return self.run(block, hidden)
 
     @torch.no_grad()
-    def finish(self, hidden: Hidden) -> list[Float[Tensor, "_ length width"]]:
+    def finish(self, hidden: Hidden) -> list[Float[Tensor, "_ ..."]]:
         """Give the model's last hidden states, as its head reads them.
 
         They may be narrower than those between blocks, as in the OPT-350m.
@@ -161,7 +162,7 @@ class BlockRunner:
         """
         finished = []
         for ids, leaving in zip(self._batches, hidden, strict=True):
-            calls = self._recorded(ids.shape)
+            calls = self._recorded(len(ids))
             answers = {
                 block: partial(_answer, _in_form(leaving, call))
                 for block, call in zip(self._blocks, calls, strict=True)
@@ -177,6 +178,8 @@ class BlockRunner:
         return finished
 
     def _run_body(self, ids: Int[Tensor, "_ length"]) -> Any:
+        if feed := self._inventory.feed:
+            return self._body(**fitted(self._model, feed(ids)))
         options = {}
         if "use_cache" in inspect.signature(self._body.forward).parameters:
             options["use_cache"] = False  # keys and values would pile up
@@ -200,9 +203,9 @@ class BlockRunner:
         return entered[0]
 
     @torch.no_grad()
-    def _recorded(self, shape: torch.Size) -> list[_Call]:
-        """Give the call of every block for a shape of batch."""
-        if shape not in self._calls:
+    def _recorded(self, windows: int) -> list[_Call]:
+        """Give the call of every block for a batch of so many windows."""
+        if windows not in self._calls:
             calls: dict[int, _Call] = {}
 
             def record(
@@ -226,12 +229,13 @@ class BlockRunner:
             }
             try:
                 with answering(skipped):
-                    self._run_body(self._ids[: shape[0]])
+                    self._run_body(self._ids[:windows])
             finally:
                 for handle in handles:
                     handle.remove()
-            self._calls[shape] = [calls[index] for index in range(len(self._blocks))]
-        return self._calls[shape]
+            every = [calls[index] for index in range(len(self._blocks))]
+            self._calls[windows] = every
+        return self._calls[windows]
 
 
 def _split(module: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, _Call]:

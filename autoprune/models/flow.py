@@ -7,10 +7,12 @@ the weights' sizes, ``R = 1ᵀ |W_L| ... |W_1| 1``, and asks how ``R`` depends o
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from autoprune.errors import ModelError
 from autoprune.models.gradients import TaskLoss, listening, scratch_copy
@@ -25,9 +27,9 @@ POSITIONS = 2
 def network_of_sizes(model: nn.Module) -> Iterator[None]:
     """Let every parameter be its absolute value for a while, free to be written to.
 
-    Embeddings then give ones. A norm multiplies by the sizes of its factors, which are
-    constants to a gradient: as a norm does not feel the scale of its input, the flow
-    through it would cancel.
+    Embeddings then give ones, and images are ones. A norm multiplies by the sizes of
+    its factors, which are constants to a gradient: as a norm does not feel the scale of
+    its input, the flow through it would cancel.
     """
     with scratch_copy(model), ExitStack() as undo:
         for parameter in model.parameters():
@@ -35,7 +37,7 @@ def network_of_sizes(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if "norm" in type(module).__name__.lower():
                 undo.callback(module.register_forward_hook(_straighten).remove)
-        undo.callback(_embedding(model).register_forward_hook(_ones).remove)
+        undo.callback(_let_in_ones(model).remove)
         yield
 
 
@@ -75,7 +77,8 @@ def synaptic_flows(
             if isinstance(module, MATRICES):
                 see = partial(_see, inputs, layer)
                 undo.callback(module.register_forward_pre_hook(see).remove)
-        batch = loss.task.batch(ids[:1, :POSITIONS], loss.tokenizer)
+        few = loss.task.first_positions(ids[:1], POSITIONS)
+        batch = loss.task.batch(few, loss.tokenizer)
         features = loss.task.features(model, batch)
         out = loss.task.head(model).weight.sum(0)
         features.backward(out.expand_as(features))
@@ -93,16 +96,28 @@ def _is_reached(flow: Float[Tensor, "out in"]) -> bool:
     return bool(flow.any()) and not bool((flow < 0).any())
 
 
-def _embedding(model: nn.Module) -> nn.Module:
-    get = getattr(model, "get_input_embeddings", None)
-    found = get() if get else None
-    if not isinstance(found, nn.Module):
-        raise ModelError(
-            f"{type(model).__name__} has no input embedding (found {found!r}), which "
-            "synaptic flow puts ones in the place of. Use a method without it, such "
-            "as magnitude"
-        )
-    return found
+def _let_in_ones(model: nn.Module) -> RemovableHandle:
+    """Put ones in the place of what a model's embedding gives, or of pixels."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # it has none, in either way
+        found = None
+    if isinstance(found, nn.Module):
+        return found.register_forward_hook(_ones)
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        return model.register_forward_pre_hook(_white, with_kwargs=True)
+    raise ModelError(
+        f"{type(model).__name__} has no input embedding (found {found!r}), which "
+        "synaptic flow puts ones in the place of. Use a method without it, such "
+        "as magnitude"
+    )
+
+
+def _white(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    pixels = torch.ones_like(kwargs["pixel_values"])
+    return args, {**kwargs, "pixel_values": pixels}
 
 
 def _ones(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import ModelError
+from autoprune.models.kinds import rows_of
 from autoprune.models.weights import expert_of
 from autoprune.policy import Layer
 
@@ -54,8 +55,19 @@ def watching(
             handle.remove()
 
 
+def fitted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Give inputs as a model computes: those that are no whole numbers in its type."""
+    dtype = next(model.parameters()).dtype
+    return {
+        name: one.to(dtype)
+        if isinstance(one, Tensor) and one.is_floating_point()
+        else one
+        for name, one in inputs.items()
+    }
+
+
 def _show(on_input: OnInput, name: str, module: nn.Module, args: Any) -> None:
-    on_input(name, args[0].reshape(-1, args[0].shape[-1]))
+    on_input(name, rows_of(module, args[0]))
 
 
 def _show_experts(

@@ -5,18 +5,20 @@ traced.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune.errors import ModelError, PolicyError, unknown_name
 from autoprune.models.architecture import Architecture as Architecture
 from autoprune.models.architecture import SiteRule as SiteRule
 from autoprune.models.architecture import StructureRule as StructureRule
+from autoprune.models.finding import block_paths, find, find_layer, has_all
 from autoprune.models.hidden import HiddenState, hidden_state
+from autoprune.models.kinds import columns_of
 from autoprune.models.structures import groups_named, partition, with_structures
 from autoprune.models.tracing import find_blocks, traced, traced_structures
 from autoprune.models.weights import (
@@ -43,6 +45,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+Feed = Callable[[Tensor], Mapping[str, Any]]
+"""Takes windows, gives keyword arguments of a model's body."""
+
 
 @dataclass(frozen=True)
 class Inventory:
@@ -58,6 +63,8 @@ class Inventory:
         groups: Sites that may take the place of others: the channels of an MLP, the
             heads of an attention, whole blocks, the whole model.
         hidden: The hidden state, where it may be rotated.
+        feed: Makes what the model's body is given of windows, as keyword arguments;
+            None where that is the windows themselves, as tokens are.
     """
 
     architecture: str
@@ -67,6 +74,7 @@ class Inventory:
     tied: bool = False
     groups: tuple[Site, ...] = ()
     hidden: HiddenState | None = None
+    feed: Feed | None = field(default=None, compare=False)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -92,10 +100,15 @@ class Inventory:
         """Find the groups that a glob asks for by their last name, as ``*.mlp``."""
         return groups_named(self.groups, globs)
 
-    def group_of(self, layer: Layer) -> Site:
-        """Give the site of the structure that a layer is part of."""
-        kind = layer.cut.kind if layer.cut else None
-        return next(g for g in self.groups if g.kind == kind and layer in g.layers)
+    def group_of(self, layer: Layer, kinds: Collection[str] = ()) -> Site:
+        """Give the site of the structure that a layer is part of.
+
+        Args:
+            layer: The layer.
+            kinds: Kinds of structures to look among; by default that inside of a block.
+        """
+        kinds = kinds or ([layer.cut.kind] if layer.cut else [])
+        return next(g for g in self.groups if g.kind in kinds and layer in g.layers)
 
     @cached_property
     def _groups_by_name(self) -> dict[str, Site]:
@@ -123,7 +136,7 @@ def inventory(model: nn.Module, architectures: Sequence[Architecture]) -> Invent
             an unknown model has no list of blocks.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    fitting = [entry for entry in architectures if kind in entry.model_types]
+    fitting = [entry for entry in architectures if entry.fits(model)]
     if len(fitting) > 1:
         raise ModelError(
             f"two architectures describe model type {kind!r}: {fitting[0].name!r} and "
@@ -166,33 +179,33 @@ def _described(
     model: nn.Module, architecture: Architecture, notes: Sequence[str] = ()
 ) -> Inventory:
     """List the sites that a description names."""
-    blocks = _find(model, architecture, architecture.blocks, nn.ModuleList)
+    paths = block_paths(model, architecture)
     sites = []
     if name := architecture.embedding:
-        _find(model, architecture, name, nn.Embedding)
+        find(model, architecture, name, nn.Embedding)
         role = name.rpartition(".")[2]
         layer = _layer(model, name, block=None, role=role, input=None)
         sites.append(Site("embedding", (layer,), "embedding"))
-    for index in range(len(blocks)):
+    for index, path in enumerate(paths):
         for rule in architecture.sites:
-            layers = tuple(_ruled(model, architecture, rule, index=index))
-            sites.append(Site(f"blocks.{index}.{rule.name}", layers))
-    paths = tuple(f"{architecture.blocks}.{index}" for index in range(len(blocks)))
-    placed, groups, misfits = with_structures(model, architecture, sites, len(blocks))
+            if not rule.optional or has_all(model, path, rule.layers):
+                layers = tuple(_ruled(model, architecture, rule, index, path))
+                sites.append(Site(f"blocks.{index}.{rule.name}", layers))
+    placed, groups, misfits = with_structures(model, architecture, sites, paths)
     told = (*notes, *misfits)
     named = architecture.name, paths, placed, told, _is_tied(model), groups
-    return Inventory(*named, hidden_state(model, architecture, len(blocks)))
+    return Inventory(*named, hidden_state(model, architecture, len(paths)))
 
 
 def _ruled(
-    model: nn.Module, architecture: Architecture, rule: SiteRule, *, index: int
+    model: nn.Module, architecture: Architecture, rule: SiteRule, index: int, block: str
 ) -> Iterator[Layer]:
     """Give the layers of one rule in one block."""
     roles = roles_of([path for site in architecture.sites for path in site.layers])
     first: Layer | None = None
     for path in rule.layers:
-        name = f"{architecture.blocks}.{index}.{path}"
-        found = _find(model, architecture, name, *MATRICES, nn.Parameter)
+        name = f"{block}.{path}"
+        found = find_layer(model, architecture, name)
         common = {"block": index, "role": roles[path]}
         if isinstance(found, nn.Parameter):
             uses = _expert_uses(model, architecture, found)
@@ -201,7 +214,7 @@ def _ruled(
                 yield _layer(model, full, **common, input=full, uses=uses)
             continue
         source = first.name if first and rule.one_input else name
-        layer = _layer(model, name, **common, input=source)
+        layer = _layer(model, name, **common, input=source, kernel=columns_of(found))
         first = first or layer
         if rule.one_input and layer.shape[1] != first.shape[1]:
             raise ModelError(
@@ -262,21 +275,6 @@ def _layer(model: nn.Module, name: str, **fields: Any) -> Layer:
     weight = find_weight(model, name)
     assert weight is not None, name
     return Layer(name, (weight.shape[0], weight.shape[1]), dtype_name(weight), **fields)
-
-
-def _find(model: nn.Module, architecture: Architecture, path: str, *kinds: type) -> Any:
-    found: Any = model
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    if isinstance(found, kinds):
-        return found
-    has = "lacks" if found is None else f"has as a {type(found).__name__}"
-    raise ModelError(
-        f"architecture {architecture.name!r} describes {path!r} as "
-        f"{' or '.join(kind.__name__ for kind in kinds)}, which the model "
-        f"{type(model).__name__} {has}. Correct the description, or leave its plugin "
-        "out to get one site a layer."
-    )
 
 
 def _expert_uses(

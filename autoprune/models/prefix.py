@@ -32,7 +32,7 @@ class _Left:
         extra: How much more the block gave, in a tuple; None if it gave them bare.
     """
 
-    hidden: Float[Tensor, "_ length hidden"]
+    hidden: Float[Tensor, "_ ..."]
     extra: int | None
 
     def answer(self, *args: Any, **kwargs: Any) -> Any:

@@ -56,6 +56,35 @@ def deal(
     return best
 
 
+def deal_alike(
+    count: int, wanted: Mapping[str, int], seed: int
+) -> dict[str, list[int]]:
+    """Deal documents of one size, each of which is a window, to all splits.
+
+    Args:
+        count: How many there are.
+        wanted: Windows that each split wants.
+        seed: Of the dealing.
+
+    Returns:
+        For each split, indices of documents: as many as its share, or as it needs.
+
+    Example:
+        >>> dealt = deal_alike(8, {"statistics": 2, "fitness": 1}, seed=0)
+        >>> sorted(index for part in dealt.values() for index in part)
+        [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    every = {split: wanted.get(split, 0) for split in SPLITS}
+    order = torch.randperm(count, generator=generator_for("deal", seed)).tolist()
+    targets = _targets(count, length=1, wanted=every, spare=0)
+    dealt, start, end = {}, 0, 0.0
+    for split in SPLITS:
+        end += targets[split]
+        dealt[split] = order[start : round(end)]
+        start = round(end)
+    return dealt
+
+
 def cut(document: str, limit: int) -> list[str]:
     r"""Cut a document into pieces of at most ``limit`` characters.
 
@@ -92,11 +121,15 @@ def _token_counts(pieces: Sequence[str], tokenizer: Any) -> list[int]:
     return [len(row) for row in ids]
 
 
-def _targets(total: int, *, length: int, wanted: Mapping[str, int]) -> dict[str, float]:
-    """Give the tokens that each split shall get: its share, or what it needs."""
-    # One window more than wanted: tokens beside full windows are lost.
+def _targets(
+    total: int, *, length: int, wanted: Mapping[str, int], spare: int = 1
+) -> dict[str, float]:
+    """Give the tokens that each split shall get: its share, or what it needs.
+
+    By default one window more than wanted: tokens beside full windows are lost.
+    """
     needs = {
-        split: (want + 1) * length if want else 0 for split, want in wanted.items()
+        split: (want + spare) * length if want else 0 for split, want in wanted.items()
     }
     if sum(needs.values()) >= total:
         scale = total / sum(needs.values())

@@ -13,17 +13,24 @@ from typing import Any
 from torch import nn
 
 from autoprune.errors import PolicyError
-from autoprune.models.architecture import Architecture, StructureRule
+from autoprune.models.architecture import Architecture, StreamRule, StructureRule
 from autoprune.models.hidden import HIDDEN, hidden_cuts, hidden_state
+from autoprune.models.kinds import columns_of
 from autoprune.policy import Layer, Site
 from autoprune.sites import Cut
 
 BLOCK = "block"
 """Kind and last name of the site that is a whole block."""
 
+STREAM = "stream"
+"""Kind of the sites that are residual streams, and of their channels."""
+
 
 def with_structures(
-    model: nn.Module, architecture: Architecture, sites: Sequence[Site], blocks: int
+    model: nn.Module,
+    architecture: Architecture,
+    sites: Sequence[Site],
+    paths: Sequence[str],
 ) -> tuple[tuple[Site, ...], tuple[Site, ...], tuple[str, ...]]:
     """Find the structures that a description names.
 
@@ -31,7 +38,7 @@ def with_structures(
         model: The model, for how many heads it has.
         architecture: The description.
         sites: The sites of all blocks.
-        blocks: How many blocks there are.
+        paths: Those of the blocks.
 
     Returns:
         The sites, their layers told where units lie; the sites that structures, whole
@@ -41,10 +48,9 @@ def with_structures(
     by_name = {layer.name: layer for site in sites for layer in site.layers}
     found: dict[str, tuple[str, list[Layer]]] = {}
     misfits: dict[str, str] = {}
-    for block in range(blocks):
-        prefix = f"{architecture.blocks}.{block}."
+    for block, path in enumerate(paths):
         for rule in architecture.structures or ():
-            names = [prefix + path for path in (*rule.makers, *rule.takers)]
+            names = [f"{path}.{part}" for part in (*rule.makers, *rule.takers)]
             if absent := [name for name in names if name not in by_name]:
                 misfits.setdefault(rule.name, f"{absent[0]} is part of no site")
                 continue
@@ -54,11 +60,18 @@ def with_structures(
             except ValueError as error:
                 misfits.setdefault(rule.name, str(error))
                 continue
+            behind = (f"{path}.{one}" for one in rule.norms)
+            norms = dict(zip(names, behind, strict=False))  # of makers, which are first
             for layer, cut in zip(layers, cuts, strict=True):
-                by_name[layer.name] = replace(layer, cut=cut)
+                norm = norms.get(layer.name)
+                by_name[layer.name] = replace(layer, cut=cut, norm=norm)
             place = f"blocks.{block}.{rule.name}"
             found[place] = rule.kind, [by_name[name] for name in names]
-    if state := hidden_state(model, architecture, blocks):
+    for stream in architecture.streams(model) if architecture.streams else ():
+        by_name |= _in_stream(stream, by_name)
+        names = [*stream.makers, *stream.takers]
+        found[stream.name] = STREAM, [by_name[name] for name in names]
+    if state := hidden_state(model, architecture, len(paths)):
         for name, cut in hidden_cuts(state, by_name, _heads(model)).items():
             by_name[name] = replace(by_name[name], hidden=cut)
     found = {
@@ -69,7 +82,7 @@ def with_structures(
         replace(site, layers=tuple(by_name[layer.name] for layer in site.layers))
         for site in sites
     )
-    for block in range(blocks):
+    for block in range(len(paths)):
         inside = [la for site in sites for la in site.layers if la.block == block]
         found[f"blocks.{block}.{BLOCK}"] = BLOCK, inside
     if architecture.embedding:
@@ -85,7 +98,8 @@ def _cuts(
     """Tell where in each layer the units lie; ValueError if they fill it unevenly."""
     makers = len(rule.makers)
     channels = rule.kind == "channels"
-    units = rule.units or (layers[-1].shape[1] if channels else _head_groups(model))
+    units = rule.units or (channels and _channels(model, layers[-1]))
+    units = units or _head_groups(model)
     for index, layer in enumerate(layers):
         axis = "rows" if index < makers else "columns"
         size = layer.shape[0] if index < makers else layer.shape[1]
@@ -94,6 +108,22 @@ def _cuts(
                 f"{size} {axis} of {layer.name} are no multiple of {units} units"
             )
         yield Cut(rule.kind, axis, size // units, units)
+
+
+def _in_stream(rule: StreamRule, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Tell where in each layer of a residual stream its channels lie."""
+    width = layers[rule.makers[0]].shape[0]
+    told = {}
+    for name in (*rule.makers, *rule.takers):
+        layer, axis = layers[name], "rows" if name in rule.makers else "columns"
+        lines = layer.shape[0] if axis == "rows" else layer.shape[1]
+        told[name] = replace(layer, hidden=Cut(STREAM, axis, lines // width, width))
+    return told
+
+
+def _channels(model: nn.Module, taker: Layer) -> int:
+    """Count the channels that a layer reads."""
+    return taker.shape[1] // columns_of(model.get_submodule(taker.name))
 
 
 def _head_groups(model: nn.Module) -> int:

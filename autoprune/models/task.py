@@ -6,7 +6,7 @@ distributions that the head makes of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from autoprune.errors import ModelError
+from autoprune.models.checkpoints import Checkpoint, load_tokenizer
+from autoprune.models.inputs import fitted
+from autoprune.models.layers import Feed
 from autoprune.models.statistics import exact_products
+from autoprune.models.text import TextSource, TokenWindows, load_splits
 
 CHUNK = 64
 """Positions whose logits exist at a time: 12 MB at 49 k words stay near the cache."""
@@ -34,6 +38,16 @@ class Batch:
     inputs: dict[str, Any]
     scored: Bool[Tensor, "windows length"]
     labels: Int[Tensor, " positions"]
+
+    def at_scored(self, values: Float[Tensor, "..."]) -> Float[Tensor, "positions _"]:
+        """Take what a model gives at the scored positions.
+
+        Args:
+            values: A vector a position; a model that answers once a window, as
+                classifiers do, gives one a window.
+        """
+        each = values if values.dim() > 2 else values[:, None]
+        return each[self.scored.to(each.device)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +114,11 @@ class _HeadReached(Exception):  # noqa: N818 - ends a forward pass, no error
 class Task(ABC):
     """What the model is for.
 
-    A task has no state. ``batch`` is called once a window; ``features`` for each policy
-    on each batch; ``head`` when a dense model is cached or its head was compressed.
+    A task has no state. ``load_tokenizer`` and ``load_splits`` are called once, and
+    make windows of raw data; ``batch`` is called once a window; ``features`` for each
+    policy on each batch; ``head`` when a dense model is cached or its head was
+    compressed. Windows of another kind than tokens, such as images, are numbers as
+    well, and whatever reads them takes the place of the tokenizer.
 
     Attributes:
         name: Unique, lower case.
@@ -110,6 +127,49 @@ class Task(ABC):
 
     name: ClassVar[str]
     auto_class: ClassVar[str]
+
+    def load_tokenizer(self, checkpoint: Checkpoint) -> Any:
+        """Load what a checkpoint's windows are made and read with.
+
+        Returns:
+            A tokenizer, or what stands for one; its ``save_pretrained(folder)`` writes
+            it beside an export.
+
+        Raises:
+            ModelError: If the checkpoint has none.
+        """
+        return load_tokenizer(checkpoint)
+
+    def load_splits(
+        self,
+        text: str,
+        sources: Mapping[str, TextSource],
+        tokenizer: Any,
+        *,
+        length: int,
+        windows: Mapping[str, int],
+        seed: int,
+    ) -> dict[str, TokenWindows]:
+        """Make the windows of four splits that share no document.
+
+        See ``autoprune.models.text.load_splits``, which text is left to.
+        """
+        return load_splits(
+            text, sources, tokenizer, length=length, windows=windows, seed=seed
+        )
+
+    def feed(self, tokenizer: Any) -> Feed | None:
+        """Give what makes the input of a model's body of windows.
+
+        None where a body reads windows as they are, as it does tokens.
+        """
+        return None
+
+    def first_positions(
+        self, ids: Int[Tensor, "windows length"], count: int
+    ) -> Int[Tensor, "windows short"]:
+        """Shorten windows; they stay whole where a part of one is none."""
+        return ids[:, :count]
 
     @abstractmethod
     def batch(self, ids: Int[Tensor, "windows length"], tokenizer: Any) -> Batch:
@@ -133,9 +193,9 @@ class Task(ABC):
 
         handle = head.register_forward_pre_hook(stop)
         try:
-            model(**batch.inputs)
+            model(**fitted(model, batch.inputs))
         except _HeadReached as reached:
-            return reached.features[batch.scored.to(reached.features.device)]
+            return batch.at_scored(reached.features)
         finally:
             handle.remove()
         raise ModelError(
@@ -159,12 +219,19 @@ class Task(ABC):
 def output_layer(model: nn.Module) -> nn.Linear:
     """Find the layer that makes logits.
 
+    Classifiers do not name it: there it is the only linear one outside of the body.
+
     Raises:
         ModelError: If the model has none.
     """
     get: Callable[[], nn.Module | None] | None
     get = getattr(model, "get_output_embeddings", None)
     layer = get() if get else None
+    if layer is None:
+        body = set(getattr(model, "base_model", model).modules())
+        outside = (one for one in model.modules() if one not in body)
+        linear = [one for one in outside if isinstance(one, nn.Linear)]
+        layer = linear[0] if len(linear) == 1 else None
     if not isinstance(layer, nn.Linear):
         raise ModelError(
             f"{type(model).__name__} has no linear output layer (found {layer!r}). "

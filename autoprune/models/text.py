@@ -66,6 +66,16 @@ class TokenWindows:
     source: str
     fingerprint: str
 
+    @classmethod
+    def of(
+        cls, ids: Int[Tensor, "windows length"], split: str, source: str
+    ) -> "TokenWindows":
+        """Name windows by what is in them."""
+        ids = ids.contiguous()
+        content = hashlib.sha256(f"{tuple(ids.shape)}".encode())
+        content.update(ids.numpy().tobytes())
+        return cls(ids, split, source, content.hexdigest()[:16])
+
 
 def load_splits(
     text: str,
@@ -129,9 +139,16 @@ def _wanted(windows: Mapping[str, int], length: int) -> dict[str, int]:
     return {split: windows.get(split, 0) for split in SPLITS}
 
 
-def _documents(
-    text: str, sources: Mapping[str, TextSource], *, limit: int
-) -> list[str]:
+def read_documents(text: str, sources: Mapping[str, TextSource]) -> list[str]:
+    """Read all documents of a text that are not empty.
+
+    Args:
+        text: ``name`` or ``name:argument`` of a source.
+        sources: Sources by name.
+
+    Raises:
+        TextError: If the source is unknown, or there is no document.
+    """
     name, _, argument = text.partition(":")
     if name not in sources:
         raise TextError(unknown_name("text source", name, sources))
@@ -141,6 +158,13 @@ def _documents(
             f"the text {text!r} is empty: there is no document with a letter in it. "
             "Name another text, such as 'builtin'."
         )
+    return documents
+
+
+def _documents(
+    text: str, sources: Mapping[str, TextSource], *, limit: int
+) -> list[str]:
+    documents = read_documents(text, sources)
     limit = max(limit, MOST_CHARACTERS)
     if sum(map(len, documents)) <= limit:
         return documents
@@ -205,7 +229,4 @@ def _windows(
     if count > want:
         chosen = torch.randperm(count, generator=generator_for(split, seed))[:want]
         ids = ids[chosen.sort().values]
-    ids = ids.contiguous()
-    content = hashlib.sha256(f"{tuple(ids.shape)}".encode())
-    content.update(ids.numpy().tobytes())
-    return TokenWindows(ids.clone(), split, source, content.hexdigest()[:16])
+    return TokenWindows.of(ids.clone(), split, source)

@@ -1,6 +1,6 @@
 """A layer's weight, read and written as ``[out, in]`` however the model stores it.
 
-``nn.Linear`` and embeddings as they are, GPT-2's ``Conv1D`` transposed, experts as
+``nn.Linear`` and embeddings as they are, other modules as their kind says, experts as
 slices of their 3-D parameter.
 """
 
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from autoprune.errors import ModelError, PolicyError
+from autoprune.models.kinds import kind_of
 from autoprune.policy import Layer
 
 MATRICES = (nn.Linear, Conv1D)
-"""Modules whose ``weight`` is a layer."""
+"""Modules that tracing looks for; their ``weight`` is a layer, their inputs tokens."""
 
 _EXPERT = re.compile(r"(.+)\.([^.]+)\[(\d+)\]")
 
@@ -63,10 +64,11 @@ def write_weight(
 
 
 def is_parameter(model: nn.Module, layer: Layer) -> bool:
-    """Tell a layer that is a parameter as it stands from a slice or a transpose."""
+    """Tell a layer that is a parameter as it stands from a slice or another view."""
     if expert_of(layer.name):
         return False
-    return not isinstance(model.get_submodule(layer.name), Conv1D)
+    kind = kind_of(model.get_submodule(layer.name))
+    return kind is None or kind.whole
 
 
 def find_weight(model: nn.Module, name: str) -> Float[Tensor, "out in"] | None:
@@ -91,7 +93,8 @@ def view_of_layer(
     expert = expert_of(name)
     module = model.get_submodule(expert[0] if expert else name)
     if not expert:
-        return tensor.t() if isinstance(module, Conv1D) else tensor
+        kind = kind_of(module)
+        return kind.matrix(module, tensor) if kind else tensor
     if tensor.dim() != 3 or expert[2] >= tensor.shape[0]:
         return None
     transposed = bool(getattr(module, "is_transposed", False))  # as in GPT-OSS

@@ -6,14 +6,14 @@ from typing import Any
 
 from autoprune.compression.actions import Actions
 from autoprune.compression.apply import StitchedModel
-from autoprune.compression.storage import Part
+from autoprune.compression.storage import untouched_parts
 from autoprune.compression.store import VariantStore, cap_bytes
 from autoprune.config import RunConfig
 from autoprune.evaluation.timed import with_latency
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.sharded import sharded
 from autoprune.models.checkpoints import Checkpoint, cache_dir
-from autoprune.models.layers import inventory, untouched_parameters
+from autoprune.models.layers import inventory
 from autoprune.models.outline import outline
 from autoprune.models.task import Task, output_layer
 from autoprune.plugins import Plugins
@@ -75,12 +75,10 @@ class Outlined:
 def _bench(config: RunConfig, plugins: Plugins, model: Any, task: Task) -> Workbench:
     found = inventory(model, list(plugins.objects["architectures"].values()))
     found = found if config.fuse else found.unfused()
-    untouched = {
-        name: Part(*about) for name, about in untouched_parameters(model, found).items()
-    }
+    untouched = untouched_parts(model, found)
     targets = plugins.objects["exporters"]
-    own = targets[config.export].for_model(model, found)
-    known = sharded({config.export: own}, model, found, config.tensor_parallel)
+    own = {config.export: targets[config.export]}
+    known = sharded(own, model, found, config.tensor_parallel)
     source = getattr(model.config, "name_or_path", "") or config.model
     return Workbench(
         Checkpoint(config.model, Path(source), "outline"),

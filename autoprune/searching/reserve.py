@@ -7,7 +7,7 @@ writing and loading cost.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from autoprune.search_config import SearchConfig
@@ -20,9 +20,9 @@ MARGIN = 1.05
 """Factor on estimates. Of half an hour on SmolLM2-135M 1.15 left 5.6 % unused; this
 one, with a further finalist solved in what was left over, 3.7 %."""
 
-PASSES_OF_SOLVING = 3.0
+PASSES_OF_SOLVING = 2.0
 """Forward passes over the statistics that solving a policy anew takes beside its
-solvers: one through dense blocks, one through compressed ones, and the Hessians."""
+solvers: one through the compressed blocks, and the Hessians."""
 
 PASSES_OF_MIXING = 4.0
 """Forward passes over the fitness split that a gradient is worth."""
@@ -51,6 +51,7 @@ class Reserve:
         report: The figures of the report split.
         export: Writing the winner, loading and measuring it in a fresh process.
         finalists: How many are solved: the best and its rival.
+        recovery: Training them.
     """
 
     rank: float
@@ -59,19 +60,26 @@ class Reserve:
     report: float
     export: float
     finalists: int = 2
+    recovery: float = 0.0
+
+    @property
+    def last(self) -> float:
+        """What has to come after all choices."""
+        return self.report + self.export
 
     @property
     def closing(self) -> float:
         """What has to come after the finalists, whatever becomes of them."""
-        return self.report + self.export
+        return self.recovery + self.last
 
     def __str__(self) -> str:
         """Say what is kept for what."""
         refining = self.finalists * (self.solve + self.mix)
+        training = f"{self.recovery:.0f} for recovery, " if self.recovery else ""
         return (
             f"{self.total:.0f} s: {self.rank:.0f} for the last choice, {refining:.0f} "
-            f"for refining, {self.report:.0f} for the report, {self.export:.0f} for "
-            "the export"
+            f"for refining, {training}{self.report:.0f} for the report, "
+            f"{self.export:.0f} for the export"
         )
 
     @property
@@ -96,9 +104,12 @@ class Reserve:
         search = plan.config.search
         kinds = {rival_kind(trial.origin) for trial in trials} - {None}
         kinds |= {RANDOM} if "random" in search.rivals else set()
-        return cls.estimate(
+        found = cls.estimate(
             search, windows, settings, table, trials, rivals=len(kinds), export=export
         )
+        asked = plan.config.recovery
+        kept = asked.share * table.budget if asked and table.budget else 0.0
+        return replace(found, recovery=kept)
 
     @classmethod
     def estimate(

@@ -115,6 +115,7 @@ class BlockwiseReconstruction:
         dense: What its parameters are while it is dense.
         settings: How a block is trained.
         fixed: Layers whose weights stay as they are; see ``fixed_layers``.
+        weights_only: Train layers alone, and leave norms and biases as they are.
     """
 
     model: nn.Module
@@ -122,6 +123,7 @@ class BlockwiseReconstruction:
     dense: DenseParameters
     settings: BlockwiseSettings = BlockwiseSettings()
     fixed: Collection[Layer] = ()
+    weights_only: bool = False
 
     def run(
         self,
@@ -191,10 +193,13 @@ class BlockwiseReconstruction:
         free = [layer for layer in layers if layer not in self.fixed]
         fixed = [layer for layer in layers if layer in self.fixed]
         parameters = _trainable(self.model, path, free, fixed)
+        if self.weights_only:
+            own = {self.model.get_parameter(parameter_of(la.name)) for la in free}
+            parameters = [one for one in parameters if one in own]
         if not before or not parameters or _is_left_out(self.model, layers):
             return BlockRecovery(path, before, before)
         as_stored = getattr(torch, layers[0].dtype) if layers else lesson.wanted.dtype
-        own = [parameter.data for parameter in parameters]
+        before_data = [parameter.data for parameter in parameters]
         trained = math.nan
         try:
             with in_float32(parameters, as_stored):
@@ -204,7 +209,7 @@ class BlockwiseReconstruction:
             trained = lesson.loss()
         finally:
             if not trained < before:  # no better, diverged or interrupted
-                for parameter, data in zip(parameters, own, strict=True):
+                for parameter, data in zip(parameters, before_data, strict=True):
                     parameter.data = data
         return BlockRecovery(path, before, trained)
 

@@ -6,6 +6,7 @@ methods taken over are private ones of transformers; tests of resuming hold them
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from autoprune.errors import RunError
 from autoprune.training.losses import RecoveryLoss
@@ -48,6 +56,7 @@ class RecoveryLoop(Trainer):
         settings: TrainingSettings,
         validation: Int[Tensor, "others length"] | None,
         observer: Observer,
+        before_step: Callable[[int], None] | None = None,
     ) -> None:
         steps = settings.steps(windows.shape[1])
         device = next(model.parameters()).device
@@ -62,6 +71,8 @@ class RecoveryLoop(Trainer):
             callbacks=[observer],
         )
         self.remove_callback(PrinterCallback)
+        if before_step:
+            self.add_callback(_BeforeStep(before_step))
         self.model_accepts_loss_kwargs = False
         self._model, self._folder, self._validation = model, folder, validation
         self._loss, self._settings = loss, settings
@@ -162,6 +173,18 @@ class RecoveryLoop(Trainer):
 
     def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
         read_weights(self._model, Path(folder))
+
+
+class _BeforeStep(TrainerCallback):
+    """Calls somebody when gradients are there and weights are not yet changed."""
+
+    def __init__(self, call: Callable[[int], None]) -> None:
+        self._call = call
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._call(state.global_step)
 
 
 class _Ordered(Dataset[dict[str, Tensor]]):

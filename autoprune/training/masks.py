@@ -46,13 +46,47 @@ class FrozenMasks:
                     f"the layer {shape}. Give a mask as [out, in]."
                 )
             parameter = model.get_parameter(parameter_of(layer.name))
-            name = names[parameter]
-            if name not in self._masks:
-                self._masks[name] = torch.zeros_like(parameter, dtype=torch.bool)
-            view = view_of_layer(model, layer.name, self._masks[name])
+            whole = self._mask_of(names[parameter], parameter)
+            view = view_of_layer(model, layer.name, whole)
             assert view is not None
             view.logical_or_(~mask.to(view.device))
         self.apply()
+
+    @classmethod
+    def of_parameters(
+        cls, model: nn.Module, kept: Mapping[str, Bool[Tensor, "..."]]
+    ) -> "FrozenMasks":
+        """Hold masks of parameters by name, of any shape, such as kernels of Conv2d.
+
+        Args:
+            model: The model; its pruned weights are set to zero at once.
+            kept: For each parameter's name, True where a weight stays.
+
+        Raises:
+            ModelError: If the model lacks a parameter, or a mask has another shape.
+        """
+        masks = cls(model, {})
+        named = named_parameters(model, kept)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for name, mask in kept.items():
+            if mask.shape != named[name].shape:
+                raise ModelError(
+                    f"the mask of parameter {name!r} has shape {tuple(mask.shape)}, "
+                    f"the parameter {tuple(named[name].shape)}. Give one bool a weight."
+                )
+            whole = masks._mask_of(names[named[name]], named[name])
+            whole.logical_or_(~mask.to(whole.device))
+        masks.apply()
+        return masks
+
+    @classmethod
+    def of_none(cls, model: nn.Module, names: Iterable[str]) -> "FrozenMasks":
+        """Prune nothing of some parameters yet; ``replace`` may later."""
+        named = named_parameters(model, names)
+        return cls.of_parameters(
+            model,
+            {name: torch.ones_like(p, dtype=torch.bool) for name, p in named.items()},
+        )
 
     @classmethod
     def of_zeros(cls, model: nn.Module, layers: Iterable[Layer]) -> "FrozenMasks":
@@ -69,13 +103,43 @@ class FrozenMasks:
 
     def parameters(self) -> Iterator[tuple[str, Bool[Tensor, "..."]]]:
         """Give the name of each parameter that is pruned, and True where it is."""
-        yield from self._masks.items()
+        for name, (_, mask) in zip(self._masks, self._pairs(), strict=True):
+            yield name, mask
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set what is pruned to ``+0.0``."""
         for parameter, mask in self._pairs():
             parameter.masked_fill_(mask, 0.0)
+
+    def replace(self, pruned: Mapping[str, Bool[Tensor, "..."]]) -> None:
+        """Prune other weights of the same parameters from now on, also while held.
+
+        What was pruned and no longer is stays zero until something moves it.
+
+        Args:
+            pruned: For each parameter, True where a weight is pruned.
+
+        Raises:
+            ModelError: If these are masks of other parameters.
+        """
+        if strange := sorted(pruned.keys() ^ self._masks.keys()):
+            raise ModelError(
+                f"{len(pruned)} masks cannot replace {len(self._masks)}: "
+                f"{strange[0]!r} is in one of them only. Give one for each parameter "
+                "that has one."
+            )
+        for name, mask in pruned.items():
+            self._masks[name].copy_(mask)  # in place: hooks have these tensors
+        self.apply()
+
+    @torch.no_grad()
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer remember nothing of what is pruned: momentum, variance."""
+        for parameter, mask in self._pairs():
+            for state in optimizer.state.get(parameter, {}).values():
+                if isinstance(state, Tensor) and state.shape == mask.shape:
+                    state.masked_fill_(mask, 0)
 
     def check(self) -> None:
         """See that what is pruned is ``+0.0``, bit by bit.
@@ -111,10 +175,7 @@ class FrozenMasks:
         def after(*_: Any) -> None:
             self.apply()
 
-        for parameter, mask in self._pairs():
-            for state in optimizer.state.get(parameter, {}).values():
-                if isinstance(state, Tensor) and state.shape == mask.shape:
-                    state.masked_fill_(mask, 0)
+        self.forget(optimizer)
         with ExitStack() as undo:
             for parameter, mask in self._pairs():
                 if parameter.requires_grad:
@@ -125,12 +186,34 @@ class FrozenMasks:
             undo.callback(optimizer.register_step_post_hook(after).remove)
             yield
 
+    def _mask_of(self, name: str, parameter: nn.Parameter) -> Bool[Tensor, "..."]:
+        if name not in self._masks:
+            self._masks[name] = torch.zeros_like(parameter, dtype=torch.bool)
+        return self._masks[name]
+
     def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for name, mask in self._masks.items():
             parameter = self.model.get_parameter(name)
             if mask.device != parameter.device:
                 mask = self._masks[name] = mask.to(parameter.device)
             yield parameter, mask
+
+
+def named_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Give parameters of a model by name, in the order of the names.
+
+    Raises:
+        ModelError: If the model lacks one.
+    """
+    every = dict(model.named_parameters(remove_duplicate=False))
+    names = list(names)
+    if unknown := [name for name in names if name not in every]:
+        raise ModelError(
+            f"the model {type(model).__name__} has no parameter {unknown[0]!r} "
+            f"({len(unknown)} of {len(names)} names are unknown). Take names from its "
+            "named_parameters()."
+        )
+    return {name: every[name] for name in names}
 
 
 def _silence(mask: Tensor, parameter: Tensor) -> None:

@@ -9,7 +9,7 @@ numbers.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,6 +55,8 @@ def train(
     settings: TrainingSettings,
     validation: Int[Tensor, "others length"] | None = None,
     trained: Collection[str] | None = None,
+    depends: Mapping[str, str] | None = None,
+    before_step: Callable[[int], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Recovery:
     """Train a model in place, from its folder's last checkpoint on if there is one.
@@ -75,6 +77,10 @@ def train(
         settings: How long and how fast.
         validation: Other windows, whose loss is told and may end the training.
         trained: Names of the parameters to train, the others are frozen; None for all.
+        depends: What else the weights at the end depend on, by what it is.
+        before_step: Called before each step of the optimizer with the step's number,
+            from 0; the gradients are there, as they are clipped. All that it remembers
+            from step to step lies in buffers of the model, which checkpoints keep.
         progress: Called after every step.
 
     Raises:
@@ -89,7 +95,8 @@ def train(
     _check(model, masks, settings, length, validates=validation is not None)
     observer = Observer(settings, length, progress)
     with in_training(model, trained):
-        claim(folder, _identity(model, windows, loss, masks, settings, validation))
+        identity = _identity(model, windows, loss, masks, settings, validation)
+        claim(folder, identity | dict(depends or {}))
         state = RecoveryLoop(
             model,
             windows,
@@ -98,6 +105,7 @@ def train(
             settings=settings,
             validation=validation,
             observer=observer,
+            before_step=before_step,
         ).recover(masks)
     masks.check()
     found = validations(state)

@@ -3,7 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from autoprune.models.splits import SHARES, SPLITS, cut, deal
+from autoprune.models.splits import SHARES, SPLITS, cut, deal, deal_alike
 
 LENGTH = 100
 
@@ -129,3 +129,23 @@ def test_only_long_documents_are_cut(tiny_tokenizer: PreTrainedTokenizerFast) ->
 )
 def test_cut(document: str, pieces: list[str]) -> None:
     assert cut(document, 10) == pieces
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "counts"),
+    [
+        (100, dict.fromkeys(SPLITS, 1), [60, 25, 10, 5]),
+        (40, dict.fromkeys(SPLITS, 10), [10, 10, 10, 10]),
+        (20, dict.fromkeys(SPLITS, 10), [5, 5, 5, 5]),
+        (100, {"statistics": 1, "report": 20}, [51, 21, 8, 20]),
+    ],
+    ids=str,
+)
+def test_documents_of_one_size(
+    count: int, wanted: dict[str, int], counts: list[int]
+) -> None:
+    dealt = deal_alike(count, wanted, seed=1)
+    assert [len(dealt[split]) for split in SPLITS] == counts
+    assert sorted(sum(dealt.values(), [])) == list(range(count))
+    assert dealt == deal_alike(count, wanted, seed=1)
+    assert dealt != deal_alike(count, wanted, seed=2)

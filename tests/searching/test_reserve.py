@@ -51,13 +51,13 @@ def test_first_trial_that_reads_a_cold_disk_does_not_take_the_time_of_all():
         table = Timetable(Clock(), None, 0.0, {})
         found = Reserve.estimate(search, WINDOWS, 3, table, known, export=True)
         assert found.rank == pytest.approx(MARGIN * ((4 + 5 + 1.5) * 8 + 9 * put))
-        assert found.solve == pytest.approx(MARGIN * (3 * 32 + 8))
+        assert found.solve == pytest.approx(MARGIN * (2 * 32 + 8))
 
 
 def test_parts_by_hand():
     found = estimate({"variants": 60.0, "preflight": 5.0})
     assert found.rank == pytest.approx(MARGIN * (4 + 5 + 1.5) * 8)
-    assert found.solve == pytest.approx(MARGIN * (3 * 32 + 60 / 3 + 8))
+    assert found.solve == pytest.approx(MARGIN * (2 * 32 + 60 / 3 + 8))
     assert found.mix == pytest.approx(MARGIN * (4 * 4 + 8))
     assert found.report == pytest.approx(MARGIN * (5 + 1.5) * 16)
     assert found.export == pytest.approx(MARGIN * (5 + 12 + 2 * 16))

@@ -1,0 +1,75 @@
+"""What training has left of a model, for the steps of an action that follow."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.compression.apply import StitchedModel
+from autoprune.compression.method import CompressionMethod, Source
+from autoprune.compression.parameters import Settings
+from autoprune.compression.storage import Storage
+from autoprune.compression.variant import Variant
+from autoprune.models.statistics import InputStatistics
+from autoprune.models.weights import is_parameter, parameter_of, read_weight
+from autoprune.policy import Action, Layer, Step
+
+TRAINED = Step("trained")
+"""Stands in an action for all that was done before its weights were trained."""
+
+
+class OwnModel(StitchedModel):
+    """A model whose weights are its own once they are written: they will be trained."""
+
+    def write(self, layer: Layer, action: Action, weight: Tensor | None) -> None:
+        """Put a copy of a variant's weight on its layer."""
+        super().write(layer, action, weight)
+        if is_parameter(self.model, layer):
+            parameter = self.model.get_parameter(parameter_of(layer.name))
+            parameter.data = parameter.data.clone()
+
+
+class AsTrained(CompressionMethod):
+    """Gives each layer as training has left it, for the steps that follow."""
+
+    name: ClassVar[str] = TRAINED.method
+    reference: ClassVar[str] = "none"
+
+    def __init__(self, variants: Mapping[Layer, Variant]) -> None:
+        self._variants = variants
+
+    def storage(self, layer: Layer, previous: Storage, settings: Settings) -> Storage:
+        """Declare what was stored before the training."""
+        return self._variants[layer].storage
+
+    def compress(
+        self,
+        sources: Sequence[Source],
+        statistics: InputStatistics,
+        settings: Sequence[Settings],
+    ) -> list[list[Variant]]:
+        """Give what was trained, for every setting."""
+        return [[self._variants[one.layer]] * len(settings) for one in sources]
+
+
+def as_trained(student: nn.Module, layer: Layer, variant: Variant) -> Variant:
+    """Give a variant with the weights that the student has, in the layer's type."""
+    dtype = getattr(torch, layer.dtype)
+    weight = read_weight(student, layer).to(dtype).contiguous().clone()
+    if variant.mask is not None:  # no -0.0, whatever a rounding does
+        weight = torch.where(variant.mask, weight, torch.zeros((), dtype=dtype))
+    return replace(variant, values=weight)
+
+
+def weights_of(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Give some parameters by name, ready to be written."""
+    return {name: model.get_parameter(name).detach().contiguous() for name in names}
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put parameters on a model that were written before."""
+    for name, tensor in tensors.items():
+        model.get_parameter(name).copy_(tensor)

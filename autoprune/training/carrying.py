@@ -1,0 +1,250 @@
+"""Carries a course out: prune, recover with the masks held, and so on; then quantize.
+
+It is done on a copy of the model. After each phase what has been trained counts as the
+weights that the next phase finds, so every method serves every schedule: what was
+pruned before is zero, scores nothing, and goes first.
+"""
+
+import copy
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from autoprune.compression.bank import VariantBank
+from autoprune.compression.store import VariantStore
+from autoprune.compression.streaming import Progress
+from autoprune.compression.variant import Variant
+from autoprune.errors import ConfigError
+from autoprune.models.task import Task
+from autoprune.models.text import TokenWindows
+from autoprune.models.weights import (
+    write_weight,
+)
+from autoprune.policy import Action, Layer, digest
+from autoprune.training.as_trained import (
+    TRAINED,
+    AsTrained,
+    OwnModel,
+    as_trained,
+    put_weights,
+    weights_of,
+)
+from autoprune.training.course import Course
+from autoprune.training.masks import FrozenMasks
+from autoprune.training.recovery import Pupil
+from autoprune.training.schedule import Phase, Pruning
+
+HELD_OUT = 8
+"""One window of so many judges, where a recovery judges itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Carrying:
+    """One policy on its way through a course.
+
+    Attributes:
+        bank: The model and its variants on dense inputs.
+        actions: Of every layer.
+        course: The schedule and its recoveries.
+        task: What the model is for.
+        tokenizer: Its tokenizer.
+        windows: What is trained on.
+        folder: For what a killed process leaves to the next one.
+        name: Of the result, by all that it depends on.
+    """
+
+    bank: VariantBank
+    actions: Mapping[Layer, Action]
+    course: Course
+    task: Task
+    tokenizer: Any
+    windows: TokenWindows
+    folder: Path
+    name: str
+
+    def run(self, progress: Progress | None = None) -> dict[Layer, Variant]:
+        """Carry the course out; the model itself is dense afterwards.
+
+        Args:
+            progress: Called with thousandths done and to do.
+
+        Returns:
+            The variant of every layer that the policy compresses.
+
+        Raises:
+            ConfigError: If there is a recovery, but nothing that it could train, or
+                too little text.
+        """
+        self._check()
+        student = self._copy()
+        made: dict[Layer, Variant] = {}
+        for number, phase in enumerate(self.phases):
+            made = self._phase(student, number, phase, progress)
+        shutil.rmtree(self.folder / "variants", ignore_errors=True)
+        found = {layer: as_trained(student, layer, one) for layer, one in made.items()}
+        return found | self._rest(student, found)
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """What is done, in order."""
+        return self.course.phases(self.actions, self.bank.actions, self._errors)
+
+    def _errors(self, pruning: Pruning) -> dict[int | None, float]:
+        """Tell what share of its squares each block loses under variants of dense."""
+        removed: dict[int | None, float] = {}
+        whole: dict[int | None, float] = {}
+        self.bank.make(pruning.items())
+        for layer, action in pruning.items():
+            dense = self._dense(layer)
+            lost = dense - self.bank.get(layer, action).weight.float()
+            part, size = float(lost.square().sum()), float(dense.square().sum())
+            removed[layer.block] = removed.get(layer.block, 0.0) + part
+            whole[layer.block] = whole.get(layer.block, 0.0) + size
+        return {block: removed[block] / whole[block] for block in removed}
+
+    def _check(self) -> None:
+        if not self.course.recoveries:
+            return
+        if not self.phases[-1].pruning:
+            raise ConfigError(
+                f"{self.course.text} has nothing to train: the policy prunes no layer "
+                "before it quantizes it. Take one-shot without a recovery."
+            )
+        if len(self.windows.ids) < 2:
+            raise ConfigError(
+                f"a recovery trains on some windows and is judged by others, found "
+                f"{len(self.windows.ids)}. Give more in text.recovery."
+            )
+
+    def _copy(self) -> nn.Module:
+        """Copy the dense model, float32, with weights as exact as they are stored."""
+        stitched = self.bank.stitched
+        stitched.restore()
+        student = copy.deepcopy(stitched.model)
+        for parameter in student.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        for layer in stitched.layers:
+            write_weight(student, layer, stitched.dense_weight(layer))
+        return student
+
+    def _phase(
+        self,
+        student: nn.Module,
+        number: int,
+        phase: Phase,
+        progress: Progress | None,
+    ) -> dict[Layer, Variant]:
+        """Prune the student and train it; give what was put on it."""
+        bank = self._bank_on(student, number, phase.pruning)
+        bank.put(phase.pruning)
+        made = {layer: bank.get(layer, one) for layer, one in phase.pruning.items()}
+        for layer, variant in made.items():
+            if phase.rewinds and variant.mask is not None:
+                kept = torch.where(variant.mask, self._dense(layer), 0.0)
+                write_weight(student, layer, kept)
+        masks = FrozenMasks(
+            student,
+            {la: one.mask for la, one in made.items() if one.mask is not None},
+        )
+
+        def told(share: float) -> None:
+            if progress:
+                progress(round(1000 * (number + share) / len(self.phases)), 1000)
+
+        told(0.0)
+        if phase.share:
+            self._recover(student, number, phase.share, masks, told)
+        masks.check()
+        told(1.0)
+        return made
+
+    def _bank_on(
+        self, student: nn.Module, number: int, reference: Mapping[Layer, Action]
+    ) -> VariantBank:
+        """Open a bank on the student as it is, with inputs that its own blocks give."""
+        # Nobody writes to a weight that the store's memory or another bank shares.
+        stitched = OwnModel(student, self.bank.stitched.layers)
+        bank = replace(self.bank, stitched=stitched, reference=reference)
+        if not number:  # the dense model: what was made of it for others serves
+            return bank
+        store = VariantStore(self.folder / "variants", self.bank.store.cap_bytes)
+        return replace(bank, store=store, revision=digest([self.name, number]))
+
+    def _recover(
+        self,
+        student: nn.Module,
+        number: int,
+        share: float,
+        masks: FrozenMasks,
+        told: Any,
+    ) -> None:
+        """Do one recovery after the other, or read what they have left."""
+        held = max(1, len(self.windows.ids) // HELD_OUT)
+        pupil = Pupil(
+            model=student,
+            dense=self.bank.stitched.model,
+            inventory=self.bank.inventory,
+            layers=tuple(self.phases[-1].pruning),
+            masks=masks,
+            task=self.task,
+            tokenizer=self.tokenizer,
+            windows=self.windows.ids[:-held],
+            validation=self.windows.ids[-held:],
+        )
+        for place, (recovery, settings) in enumerate(self.course.recoveries):
+            folder = self.folder / f"phase-{number}-{place}-{recovery.name}"
+            kept = folder.with_suffix(".safetensors")
+            if kept.exists():
+                put_weights(student, load_file(kept))
+                continue
+            done = place / len(self.course.recoveries)
+
+            def part(share: float, done: float = done) -> None:
+                told(done + share / len(self.course.recoveries))
+
+            try:
+                recovery.recover(pupil, settings, share=share, folder=folder, told=part)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"in phase {number + 1} of {len(self.phases)} of "
+                    f"{self.course.text}, with {share:.3g} of its tokens: {error}"
+                ) from error
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            part_file = kept.with_suffix(".part")
+            save_file(weights_of(student, pupil.parameters), part_file)
+            part_file.replace(kept)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _rest(
+        self, student: nn.Module, trained: Mapping[Layer, Variant]
+    ) -> dict[Layer, Variant]:
+        """Do the steps that come after the training, on statistics taken anew."""
+        pruning = self.phases[-1].pruning
+        wanted: dict[Layer, Action] = {}
+        for layer, action in self.actions.items():
+            if layer in trained:
+                left = action.steps[len(pruning[layer].steps) :]
+                wanted[layer] = Action((TRAINED, *left))
+            elif action.steps:
+                wanted[layer] = action
+        rest = {la: one for la, one in wanted.items() if one.steps != (TRAINED,)}
+        if not rest:
+            return {}
+        methods = {**self.bank.actions.methods, TRAINED.method: AsTrained(trained)}
+        meaning = replace(self.bank.actions, methods=methods)
+        bank = replace(self._bank_on(student, -1, wanted), actions=meaning)
+        bank.make(wanted.items())
+        found = {layer: bank.get(layer, action) for layer, action in rest.items()}
+        shutil.rmtree(self.folder / "variants", ignore_errors=True)
+        return found
+
+    def _dense(self, layer: Layer) -> Tensor:
+        return self.bank.stitched.dense_weight(layer).float()
