@@ -189,6 +189,12 @@ def _notes(work: Work) -> list[str]:
         )
     if outlined.config.prefilter:
         notes.append("prefilter leaves choices out: it will take less than told here")
+    if recovery := outlined.config.recovery:
+        notes.append(
+            "training finalists is not in these hours: of a time budget "
+            f"{recovery.share:.0%} is kept for it. It takes 16 bytes a trained weight "
+            "and a second model in float32"
+        )
     return notes
 
 

@@ -26,7 +26,7 @@ from autoprune.models.layers import Inventory
 from autoprune.models.weights import parameter_of, read_weight, view_of_layer
 from autoprune.policy import Layer
 from autoprune.training.dense import DenseParameters
-from autoprune.training.lesson import Lesson, in_float32
+from autoprune.training.lesson import Lesson, advance, in_float32
 from autoprune.training.masks import FrozenMasks
 
 
@@ -169,13 +169,13 @@ class BlockwiseReconstruction:
             if progress:
                 progress(block, len(blocks))
             entering = entering if propagated else wanted.clone()
-            lesson = Lesson(runner, block, entering, wanted, training, batch)
             with self.dense.on(_names(self.model, path)):
-                lesson.advance(wanted)
+                wanted = advance(runner, block, wanted, training, batch)
+            lesson = Lesson(runner, block, entering, wanted, training, batch)
             if block >= first:
                 reached.append(self._teach(block, lesson))
             if propagated:
-                lesson.advance(entering)
+                entering = advance(runner, block, entering, training, batch)
             give_back_free_memory()
         if progress:
             progress(len(blocks), len(blocks))

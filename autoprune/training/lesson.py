@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from autoprune.models.blocks import BlockRunner
 
-Stream = Float[Tensor, "windows length hidden"]
-"""Hidden states of all windows between two blocks."""
+Stream = Float[Tensor, "windows ..."]
+"""Hidden states of all windows between two blocks: ``[windows, length, hidden]`` of
+tokens, ``[windows, channels, height, width]`` of images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +34,6 @@ class Lesson:
     wanted: Stream
     training: int
     batch: int
-
-    @torch.no_grad()
-    def advance(self, stream: Stream) -> None:
-        """Turn what enters the block into what it gives, as it stands now."""
-        for windows in (stream[: self.training], stream[self.training :]):
-            for part in windows.split(self.batch):
-                part.copy_(self.runner.forward(self.block, part))
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -66,6 +60,26 @@ class Lesson:
         _loss(given, self.wanted[rows]).backward()
 
 
+@torch.no_grad()
+def advance(
+    runner: BlockRunner, block: int, stream: Stream, training: int, batch: int
+) -> Stream:
+    """Turn what enters a block into what it gives, as it stands now.
+
+    In place where both have one shape, as blocks of a transformer have. Windows that
+    train and those that judge pass apart, as they do in a lesson.
+    """
+    given = []
+    parts = [*stream[:training].split(batch), *stream[training:].split(batch)]
+    for part in parts:
+        out = runner.forward(block, part)
+        if out.shape == part.shape:
+            part.copy_(out)
+        else:
+            given.append(out)
+    return torch.cat(given) if given else stream
+
+
 def _loss(given: Stream, wanted: Stream) -> Float[Tensor, ""]:
     """Give the mean square of the error, over that of what is wanted, per position.
 
@@ -74,8 +88,9 @@ def _loss(given: Stream, wanted: Stream) -> Float[Tensor, ""]:
     one position of 512 has up to 98 % of the sum of squares (measured).
     """
     wanted = wanted.float()
-    error = (given.float() - wanted).square().mean(-1)
-    size = wanted.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    axis = -1 if wanted.dim() == 3 else 1  # of images, the channels of a place
+    error = (given.float() - wanted).square().mean(axis)
+    size = wanted.square().mean(axis).clamp_min(torch.finfo(torch.float32).tiny)
     return (error / size).mean()
 
 

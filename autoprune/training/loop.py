@@ -78,6 +78,7 @@ class RecoveryLoop(Trainer):
         self._loss, self._settings = loss, settings
         self._observer = observer
         self._measured: dict[int, float] = {}
+        self._still = [module for module in model.modules() if _is_still(module)]
 
     def recover(self, masks: FrozenMasks) -> TrainerState:
         """Train, unless the last checkpoint is the end; give the state."""
@@ -103,6 +104,8 @@ class RecoveryLoop(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
         """Give the mean loss of a batch, and tell it."""
+        for norm in self._still:  # transformers has just called ``train`` on all
+            norm.eval()
         losses = self._loss(self._model, inputs["input_ids"])
         told = {"total": losses.total.detach(), **losses.terms}
         self._observer.hear({name: float(value) for name, value in told.items()})
@@ -185,6 +188,12 @@ class _BeforeStep(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._call(state.global_step)
+
+
+def _is_still(module: nn.Module) -> bool:
+    """Tell a batch norm that is not trained: its running statistics stay, too."""
+    is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return is_norm and not any(one.requires_grad for one in module.parameters())
 
 
 class _Ordered(Dataset[dict[str, Tensor]]):

@@ -4,6 +4,11 @@ Half of the steps train the dense model where an arm prunes afterwards, and half
 what is left: at once, or in ``ROUNDS``. Arms of a seed share that dense training, whose
 CPU time counts for each. Fine-tuning goes on at the learning rate that the dense
 training ended with; a rewound one begins the course again, or where its round does.
+
+Rounds of equal steps in all are short ones: weights that go back lose what the rounds
+before have learnt. In panels named ``long`` every round trains nearly as long as the
+dense model, as in the papers, and one-shot pruning has as many rounds, of which the
+first prunes all.
 """
 
 import time
@@ -39,6 +44,12 @@ from autoprune.training.tickets import (
 HALF, ROUNDS = STEPS // 2, 4
 PART = HALF // ROUNDS
 """Steps of a round."""
+
+EARLY = HALF // 10
+"""Step that long rounds go back to."""
+
+LONG = HALF + ROUNDS * (HALF - EARLY)
+"""Steps of an arm with long rounds, all its trainings together."""
 
 INTERVAL = 8
 """Steps between two renewals of masks that move."""
@@ -82,9 +93,15 @@ def first_half(scene: str, seed: int, stop: int) -> tuple[State, float, float]:
 
 
 def tickets(
-    scene: str, seed: int, sparsity: float, *, rewind: str, rounds: int
+    scene: str,
+    seed: int,
+    sparsity: float,
+    *,
+    rewind: str,
+    rounds: int,
+    long: bool = False,
 ) -> Result:
-    """Train, prune and train again, in one round or more."""
+    """Train, prune and train again, in one round or more; long ones are ``ROUNDS``."""
     run = Run(scenes()[scene], seed)
     names = run.scene.names(run.model)
 
@@ -97,14 +114,15 @@ def tickets(
             return found, accuracy
         return run.train_from(state, kept, start=start, stop=stop, rate=course(HALF))
 
-    settings = TicketSettings(
-        steps=HALF, rewind_to=HALF - HALF // rounds, rewind=rewind
-    )
-    sparsities = shrinking(rounds=rounds, final=sparsity)
+    back = EARLY if long else HALF - HALF // rounds
+    settings = TicketSettings(steps=HALF, rewind_to=back, rewind=rewind)
+    sparsities = list(shrinking(rounds=rounds, final=sparsity))
+    if long and rounds == 1:
+        sparsities *= ROUNDS
     found = list(
         rounds_of_tickets(run.state(), names, sparsities, train_from, settings)
     )
-    assert found[-1].steps == STEPS
+    assert found[-1].steps == (LONG if long else STEPS)
     masks = FrozenMasks.of_parameters(run.model, found[-1].kept)
     result = finished(run, masks, sparsity)
     if rounds == 1:
@@ -238,6 +256,10 @@ def cells() -> dict[str, tuple[str, float, Arm]]:
                 found[f"{scene}-{100 * level:.0f}-{name}"] = scene, level, arm
         for name, arm in () if number else CHANNELS.items():
             found[f"resnet-channels-{name}"] = "resnet", CUT, arm
+    for name, arm in AFTER.items():
+        for scene, levels in LEVELS.items():
+            every_long = f"{scene}-long-{100 * levels[0]:.0f}-{name}"
+            found[every_long] = scene, levels[0], partial(arm, long=True)
     last = [name for name in found if name.endswith(CONTROLS)]
     first = [name for name in found if name not in last]
     return {name: found[name] for name in [*first, *last]}

@@ -34,7 +34,8 @@ def show(found: Cells) -> str:
 def panels() -> list[str]:
     """Name what is compared: a scene at a sparsity, or with channels cut."""
     by_weight = [f"{s}-{100 * x:.0f}" for s, levels in LEVELS.items() for x in levels]
-    return [*by_weight, "resnet-channels"]
+    long = [f"{s}-long-{100 * levels[0]:.0f}" for s, levels in LEVELS.items()]
+    return [*by_weight, *long, "resnet-channels"]
 
 
 def rows_of(found: Cells, panel: str) -> list[dict[str, Any]]:
@@ -101,7 +102,7 @@ def draw(table: pd.DataFrame) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(2, 3, figsize=(16, 8))
+    figure, grid = pyplot.subplots(2, 4, figsize=(20, 8))
     for axes in grid.flat:
         axes.set_axis_off()
     every = table.groupby("panel", sort=False)

@@ -55,6 +55,7 @@ RECOVERIES = {
     "loradistill": f" + lora(tokens={TOKENS}, batch=1, learning_rate=1e-3)",
     "blockwise": f" + blockwise(tokens={TOKENS})",
 }
+ONLY_24 = ("squarehead", "loradistill")
 METRICS = ("perplexity", "kl")
 RECORDS = Records(HERE / "cells")
 
@@ -66,7 +67,8 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="measure nothing")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    cells = [f"recovery-{where}-{how}" for where in ACTIONS for how in RECOVERIES]
+    cells = [f"recovery-24-{how}" for how in RECOVERIES]
+    cells += [f"recovery-60-{how}" for how in RECOVERIES if how not in ONLY_24]
     cells += ["recovery-dense-none", "recovery-dense-finetune", "recovery-dense-lora"]
     wanted = [cell for cell in cells if RECORDS.lacks(cell, asked.cells)]
     if wanted and not asked.show:
@@ -82,7 +84,19 @@ def main() -> None:
 
 def open_bench() -> Workbench:
     """Load SmolLM2-135M and its text."""
-    text = TextConfig(
+    return Workbench.open(
+        load_plugins(),
+        model="demo",
+        task="causal-lm",
+        text=text_config(),
+        target="packed",
+        seed=0,
+    )
+
+
+def text_config() -> TextConfig:
+    """Say which text, and how much of it."""
+    return TextConfig(
         source=f"file:{ARTICLES}" if ARTICLES.exists() else "builtin",
         window=512,
         statistics=16,
@@ -90,14 +104,6 @@ def open_bench() -> Workbench:
         choice=4,
         report=16,
         recovery=TRAINED + HELD,
-    )
-    return Workbench.open(
-        load_plugins(),
-        model="demo",
-        task="causal-lm",
-        text=text,
-        target="packed",
-        seed=0,
     )
 
 

@@ -117,7 +117,7 @@ CASES: list[tuple[CompressionMethod, dict[str, Value]]] = [
 
 
 class TestContract(MethodContract):
-    @pytest.fixture(params=CASES, ids=str)
+    @pytest.fixture(params=CASES, ids=lambda case: f"{case[0].name}-{case[1]}")
     def case(
         self, request: pytest.FixtureRequest
     ) -> tuple[CompressionMethod, dict[str, Value]]:
