@@ -34,6 +34,7 @@ def recovery_of(
     observer: Observer,
     *,
     left: Callable[[], float],
+    now: Callable[[], float],
     stop: Callable[[], bool],
 ) -> Recover | None:
     """Give what trains the finalists of a run; None if that was not asked for.
@@ -43,6 +44,7 @@ def recovery_of(
         folder: The run folder.
         observer: Hears of stages and trials.
         left: Tells how many seconds there are for it.
+        now: Gives seconds by the same clock.
         stop: Asked between trials; what is trained by then is compared.
     """
     if plan.config.recovery is None:
@@ -63,6 +65,7 @@ def recovery_of(
                 plan.cost("fitness"),
                 starts,
                 left,
+                now,
                 observer.note,
                 observer.trial,
                 observer.advance,

@@ -150,6 +150,7 @@ def search(
             folder,
             observer,
             left=lambda: table.left() - reserve.last,
+            now=table.clock.now,
             stop=around.stop,
         )
         winner, finals = conclude(parts, observer, table.left, reserve, recover)

@@ -8,7 +8,6 @@ killed with it does, too.
 """
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +55,7 @@ class RecoverySearch:
         cost: What finalists are compared by; less is better.
         starts: The finalists, the best first.
         left: Tells how many seconds are left for it.
+        now: Gives seconds by the same clock.
         tell: Hears what is done.
         on_trial: Called after the row of a trial is on disk.
         advance: Hears how far a training is, in thousandths.
@@ -67,6 +67,7 @@ class RecoverySearch:
     cost: Cost
     starts: Sequence[Finalist]
     left: Callable[[], float]
+    now: Callable[[], float]
     tell: Callable[[str], None]
     on_trial: Callable[[Trial], None]
     advance: Callable[[int, int], None]
@@ -178,7 +179,7 @@ class RecoverySearch:
 
     def _measured(self, begun: Trial, course: Course, study: optuna.Study) -> Trial:
         """Carry a course out, first in short; give the row of its trial."""
-        began = time.monotonic()
+        began = self.now()
         short: float | None = None
         state: State
         tokens, state = 0, "complete"
@@ -205,7 +206,11 @@ class RecoverySearch:
             finished=utc_now(),
             values=(value + price,) if state == "complete" else (),
             metrics={**measured.metrics, "training_tokens": float(tokens)},
-            timings={"train_s": time.monotonic() - began},
+            constraints={
+                limit.metric: limit.excess(measured.metrics)
+                for limit in self.plan.objective.limits
+            },
+            timings={"train_s": self.now() - began},
             system_attrs={} if short is None else {"short": short},
         )
 
