@@ -69,6 +69,8 @@ class Filters(StructuredMethod):
         settings: Settings,
     ) -> Float[Tensor, " units"]:
         """Score every filter, by the layers that make it."""
+        for source in sources:  # those that read filters are cut by what is found
+            preconditions.finite_weight(source)
         return sum_of(
             [_score(source, settings["score"]) for source in _makers(sources)]
         )
@@ -94,12 +96,12 @@ class TaylorFilters(StructuredMethod):
         settings: Settings,
     ) -> Float[Tensor, " units"]:
         """Score every filter, by the layers that make it."""
-        lost = [
-            preconditions.finite_weight(one) * finite_gradient(one, "mean")
-            for one in _makers(sources)
-        ]
-        pairs = zip(_makers(sources), lost, strict=True)
-        return sum_of([in_units(one, change).sum(1) for one, change in pairs]).square()
+        lost = {
+            one.layer: preconditions.finite_weight(one) * finite_gradient(one, "mean")
+            for one in sources  # those that read filters are checked with them
+        }
+        found = [in_units(one, lost[one.layer]).sum(1) for one in _makers(sources)]
+        return sum_of(found).square()
 
 
 class StreamFilters(StructuredMethod):

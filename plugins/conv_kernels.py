@@ -89,13 +89,16 @@ class KernelPatterns(CompressionMethod):
     ) -> str | None:
         """Say why a layer cannot be treated, or None."""
         places, keep = layer.kernel, settings["keep"]
-        if not keep < places <= MOST_PLACES:
+        if not keep < places <= MOST_PLACES or layer.shape[1] % places:
             return (
                 f"its kernels have {places} places: {keep} are kept of more than that, "
-                f"and of {MOST_PLACES} at most"
+                f"and of {MOST_PLACES} at most. Leave it out, or name convolutions"
             )
         if (ways := comb(places, keep)) > MOST_PATTERNS:
-            return f"there are {ways} ways to keep {keep} of {places} places: too many"
+            return (
+                f"there are {ways} ways to keep {keep} of {places} places. Take a keep "
+                f"that has {MOST_PATTERNS} at most"
+            )
         no_tiles = {"sparsity": None, "pattern": None, "tile": None}
         return preconditions.refuse_pruning(layer, previous, no_tiles)
 

@@ -22,6 +22,11 @@ _CACHE = tempfile.TemporaryDirectory(prefix="autoprune-tests-")
 os.environ["AUTOPRUNE_CACHE"] = _CACHE.name
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: a file's tests stay in one process."""
+    items.sort(key=lambda item: item.path.name != "test_kills.py")
+
+
 @pytest.fixture
 def rng() -> "torch.Generator":
     """A seeded generator, for everything random in a test."""

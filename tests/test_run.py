@@ -730,11 +730,12 @@ def test_time_that_is_left_over_refines_further_finalists(
     assert usual == refined(lambda _: math.inf, None) and len(usual) <= 2
     much = refined(lambda _: 1000.0, reserve)
     assert len(set(much)) == len(much) == ranked > 3 and much[: len(usual)] == usual
-    # Each takes ten seconds, and ten are for what follows: three leave 15, of which
-    # five may serve to solve a fourth, and no fifth.
-    assert refined(lambda solved: 45.0 - 10 * solved, reserve) == much[:4]
-    dear = replace(reserve, solve=6.0)
-    assert refined(lambda solved: 45.0 - 10 * solved, dear) == much[:3]
+    # Each takes ten seconds, and ten are for what follows: of 45 a third leaves 15, in
+    # which a fourth would not end, however little was foreseen for it; of 50 it does.
+    assert refined(lambda solved: 45.0 - 10 * solved, reserve) == much[:3]
+    assert refined(lambda solved: 50.0 - 10 * solved, reserve) == much[:4]
+    dear = replace(reserve, solve=60.0)  # those before took ten, whatever was foreseen
+    assert refined(lambda solved: 500.0 - 10 * solved, dear) == much
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "bert"])

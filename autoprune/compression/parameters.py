@@ -124,15 +124,16 @@ def complete(
     for given in params:
         if given not in known:
             raise MethodError(unknown_name(f"parameter of {name}", given, known))
+    settings = {
+        parameter.name: parameter.check(params[parameter.name], name)
+        if parameter.name in params
+        else parameter.default
+        for parameter in parameters
+    }
     for parameter in parameters:
         if parameter.required and parameter.name not in params:
             raise MethodError(
                 f"{name} needs {parameter.name}=... wherever it stands. "
                 f"{parameter.help}"
             )
-    return {
-        parameter.name: parameter.check(params[parameter.name], name)
-        if parameter.name in params
-        else parameter.default
-        for parameter in parameters
-    }
+    return settings

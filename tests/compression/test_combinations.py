@@ -38,7 +38,14 @@ from autoprune.policy import Action, Layer, Step
 
 pytestmark = [pytest.mark.slow, pytest.mark.ci]
 
-METHODS = load_plugins().methods
+OF_CONVOLUTIONS = ("kernel_patterns", "stream_filters")
+"""They treat nothing of a transformer; ``tests/plugins/test_conv_*`` has them."""
+
+METHODS = {
+    name: method
+    for name, method in load_plugins().methods.items()
+    if name not in OF_CONVOLUTIONS
+}
 ACTIONS = Actions(METHODS)
 ALONE = {name: example_action(method, METHODS) for name, method in METHODS.items()}
 
@@ -208,6 +215,8 @@ def pruning_steps() -> list[Step]:
                 continue
             layer = example_layer(method)
             if ACTIONS.refuses(layer, Action((step,))):
+                continue
+            if dict(step.params).get("score") == "norm_scale":  # of convolutions only
                 continue
             stored = ACTIONS.storage(layer, Action((step,)))
             if stored.mask and stored.bits is None and stored.kept:

@@ -68,7 +68,8 @@ def test_a_filter_goes_with_the_columns_that_read_it(site: list[Source]) -> None
 def test_a_taylor_score_is_of_the_whole_filter(site: list[Source]) -> None:
     gradient = torch.tensor([[1.0, 3.0], [1.0, 0.0], [7.0, 0.5]])
     maker = replace(site[0], gradient=LayerGradients(1, gradient))
-    found = TaylorFilters().scores([maker, site[1]], {}, {"keep": 0.5})
+    taker = replace(site[1], gradient=LayerGradients(1, torch.ones(2, 6)))
+    found = TaylorFilters().scores([maker, taker], {}, {"keep": 0.5})
     assert found.tolist() == pytest.approx([0.0, 4.0, 4.41])
 
 

@@ -25,6 +25,7 @@ from autoprune.errors import MethodError
 from autoprune.models.gradients import GRADIENTS, LayerGradients
 from autoprune.models.hidden import HIDDEN
 from autoprune.models.statistics import Gathering, InputStatistics
+from autoprune.models.structures import STREAM
 from autoprune.plugins import load_plugins
 from autoprune.policy import Action, Step
 from autoprune.sites import Cut
@@ -34,7 +35,8 @@ from autoprune.testing import tiny_source
 METHODS = {
     name: method
     for name, method in load_plugins().methods.items()
-    if HIDDEN not in method.kinds
+    if not method.kinds & {HIDDEN, STREAM}
+    and name != "kernel_patterns"  # treats convolutions alone
 }
 ACTIONS = Actions(METHODS)
 ALONE = {name: example_action(method, METHODS) for name, method in METHODS.items()}

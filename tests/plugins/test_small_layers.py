@@ -15,6 +15,7 @@ from autoprune.compression.making import Making
 from autoprune.compression.variant import Variant
 from autoprune.errors import MethodError
 from autoprune.models.hidden import HIDDEN
+from autoprune.models.structures import STREAM
 from autoprune.plugins import load_plugins
 from autoprune.policy import Action, Layer
 from autoprune.sites import Cut
@@ -23,7 +24,7 @@ from autoprune.testing import tiny_source, tiny_statistics
 METHODS = {
     name: method
     for name, method in load_plugins().methods.items()
-    if HIDDEN not in method.kinds  # its width is the model's, not a layer's
+    if not method.kinds & {HIDDEN, STREAM}  # their width is not a layer's own
 }
 ACTIONS = Actions(METHODS)
 ALONE = {name: example_action(method, METHODS) for name, method in METHODS.items()}

@@ -94,7 +94,6 @@ def meets_trouble(trial):
     return "bits=3" in str(trial.policy["blocks.0.qkv"])
 
 
-@pytest.mark.ci
 def test_tune_measures_what_one_process_does(tmp_path, config, cluster, capfd):
     search(config(engine="process", count=None), tmp_path / "alone")
     capfd.readouterr()

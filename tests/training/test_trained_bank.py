@@ -141,7 +141,14 @@ def stopping_at(step: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("step", [3, 7, 11])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(3, marks=pytest.mark.slow),
+        7,
+        pytest.param(11, marks=pytest.mark.slow),
+    ],
+)
 def test_a_course_that_was_interrupted_ends_the_same(
     bench: Workbench, step: int
 ) -> None:
