@@ -22,9 +22,13 @@ _CACHE = tempfile.TemporaryDirectory(prefix="autoprune-tests-")
 os.environ["AUTOPRUNE_CACHE"] = _CACHE.name
 
 
+LONGEST = {"test_kills.py", "test_cli.py", "test_run.py", "test_workers.py"}
+"""Files that take a minute or more."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest: a file's tests stay in one process."""
-    items.sort(key=lambda item: item.path.name != "test_kills.py")
+    """Begin with what takes longest, since a file's tests stay in one process."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture

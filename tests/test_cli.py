@@ -141,6 +141,7 @@ def test_json_is_all_that_stands_on_standard_output(space: Path) -> None:
     assert found["finals"]["winner"]["report"]["perplexity"] > 1
 
 
+@pytest.mark.slow
 def test_options_stand_in_place_of_the_file(
     space: Path,
     tmp_path: Path,
@@ -246,6 +247,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_run_of_another_space_is_refused(space: Path) -> None:
     must("search", space, "--trials", "1")
     result = run("search", space, "--trials", "1", "--seed", "9")
@@ -266,6 +268,7 @@ def test_status_tells_how_a_run_stands(finished: Path) -> None:
     assert found["finals"]["winner"]
 
 
+@pytest.mark.slow
 def test_a_run_is_found_by_its_name(space: Path) -> None:
     must("search", space, "--trials", "1")
     Path("tiny").mkdir()  # no run, though it has the name

@@ -191,7 +191,6 @@ def test_a_trial_is_exported_as_it_was_measured(
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_mix_of_variants_is_exported_as_it_is_recorded(
     run: SearchResult, plan: Plan, tmp_path: Path
 ) -> None:
@@ -215,7 +214,6 @@ def test_a_mix_of_variants_is_exported_as_it_is_recorded(
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_trial_of_a_further_round_is_exported_as_it_was_measured(
     config: RunConfig, plan: Plan, tmp_path: Path
 ) -> None:
@@ -235,7 +233,6 @@ def test_a_trial_of_a_further_round_is_exported_as_it_was_measured(
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_the_front_is_exported_into_a_folder_of_folders(
     run: SearchResult, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_solve_needs_a_run_that_knows_the_time(ended: tuple[Path, Result]) -> No
     assert "latency_decode_ms" in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_advice_is_a_table_and_plain_data() -> None:
     asked = ["--device", "l40s", "--workload", "decode", "--format", "int4-g64"]
     found = must("advise", "--model", "demo", *asked)

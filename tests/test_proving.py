@@ -113,6 +113,7 @@ def test_zeros_run_on_the_dense_kernel(checkpoint: Path) -> None:
     assert {one.predicted_ratio for one in found.proofs} == {1.0}
 
 
+@pytest.mark.slow
 def test_plain_folders_show_their_two_of_four(checkpoint: Path) -> None:
     out = checkpoint.parent / "pattern"
     folder = exported(checkpoint, out, "magnitude(pattern=2:4)", "transformers")

@@ -241,7 +241,14 @@ def test_the_size_budget_is_kept_and_used_up(
     assert (result.trials["size_bytes"] >= 0.998 * limit - 10 * tensors).all()
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "tpe",
+        pytest.param("nsga2", marks=pytest.mark.slow),
+        pytest.param("random", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_and_gone_on_is_as_if_never_stopped(
     sampler: str, tiny_checkpoint: Path, text: str, tmp_path: Path
 ) -> None:

@@ -22,7 +22,6 @@ def test_the_space_that_ships_reads_strictly() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_trained_resnet_is_searched_exported_and_verified(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     loss = train_resnet(folder, epochs=8, **SMALLER)
@@ -51,7 +50,6 @@ def test_a_trained_resnet_is_searched_exported_and_verified(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_training_is_repeatable(tmp_path: Path) -> None:
     losses = [
         train_resnet(tmp_path / name, images=128, epochs=1, seed=3, **SMALLER)

@@ -180,7 +180,6 @@ def test_rows_that_finish_out_of_order_are_all_shown(tmp_path, place):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_killed_mirror_doubles_and_loses_nothing(tmp_path, place):
     """Killed in mid-copy, again and again; the last one copies the rest."""
     program = (

@@ -165,7 +165,6 @@ def test_actor_that_differs_is_refused_with_the_difference(config, cluster):
         until_idle(crew)
 
 
-@pytest.mark.ci
 def test_actor_that_does_not_see_the_store_is_refused(config, cluster):
     plan = Plan.make(config(), load_plugins())
     store = plan.bench.store.folder

@@ -75,7 +75,6 @@ def test_workers_measure_what_one_process_does(tmp_path, config):
     }
 
 
-@pytest.mark.ci
 def test_workers_measure_sensitivities_as_one_process_does(
     tmp_path, config, monkeypatch
 ):
