@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from autoprune.compression.method import Parameter, Settings
 from autoprune.errors import ConfigError
@@ -152,6 +154,7 @@ class Blockwise(RecoveryMethod):
     """
 
     name = "blockwise"
+    version = "2"
     reference = "Yang et al. 2025, Wanda++, arXiv:2503.04992, Sec. 4"
     parameters = (
         _TOKENS,
@@ -171,10 +174,10 @@ class Blockwise(RecoveryMethod):
         told: Told,
     ) -> None:
         """Train the blocks in order, each as often as the tokens allow."""
-        once = pupil.windows.numel()
+        windows = _within(pupil, settings["tokens"] * share)
         asked = BlockwiseSettings(
             learning_rate=settings["learning_rate"],
-            epochs=max(1, round(settings["tokens"] * share / once)),
+            epochs=int(settings["tokens"] * share / windows.numel()),
             batch=settings["batch"],
             dense_inputs=settings["dense_inputs"],
             seed=settings["seed"],
@@ -187,10 +190,24 @@ class Blockwise(RecoveryMethod):
             fixed=[la for la in pupil.inventory.layers if la not in pupil.layers],
             weights_only=True,
         ).run(
-            torch.cat([pupil.windows, pupil.validation]),
+            torch.cat([windows, pupil.validation]),
             held_out=len(pupil.validation),
             progress=lambda done, count: told(done / count),
         )
+
+
+def _within(pupil: Pupil, tokens: float) -> Int[Tensor, "some length"]:
+    """Take all windows to train on, or so many of the first as tokens are enough for.
+
+    Raises:
+        ConfigError: If they are not enough for one.
+    """
+    length = pupil.windows.shape[1]
+    if tokens < length:
+        raise ConfigError(
+            f"{tokens:.0f} tokens are not enough for one window of {length}. Give more"
+        )
+    return pupil.windows[: int(tokens // length)]
 
 
 def _adapted(pupil: Pupil) -> list[Layer]:

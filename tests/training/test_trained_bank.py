@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_trainings import open_bench, policy_of, write_lines
+from tiny_trainings import LENGTH, open_bench, policy_of, write_lines
 
 from autoprune.compression.bank import VariantBank
 from autoprune.errors import ConfigError, PolicyError
@@ -17,6 +17,7 @@ from autoprune.models.layers import read_weight
 from autoprune.models.text import TokenWindows
 from autoprune.plugins import load_plugins
 from autoprune.policy import DENSE, Action, Layer, Policy
+from autoprune.training.blockwise import BlockwiseReconstruction
 
 PATTERN = "wanda(pattern=2:4)"
 JOINT = "sparsegpt(pattern=2:4) + gptq(bits=4, group=16)"
@@ -176,6 +177,24 @@ def test_a_variant_that_is_gone_is_trained_again(bench: Workbench) -> None:
     assert all(torch.equal(after[la], weight) for la, weight in before.items())
 
 
+def test_blocks_are_trained_on_no_more_tokens_than_asked_for(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = BlockwiseReconstruction.run
+
+    def run(self: BlockwiseReconstruction, ids: torch.Tensor, **rest: Any) -> Any:
+        trained = len(ids) - rest["held_out"]
+        seen.append((trained * LENGTH, self.settings.epochs))
+        return original(self, ids, **rest)
+
+    monkeypatch.setattr(BlockwiseReconstruction, "run", run)
+    for tokens in (40, 320, 4000):  # of 56 windows that train
+        policy = policy_of(bench, PATTERN, f"one-shot + blockwise(tokens={tokens})")
+        own_bank(bench, policy).make(bench.per_layer(policy).items())
+    assert seen == [(LENGTH, 1), (320, 1), (56 * LENGTH, 2)]
+
+
 def test_bad_courses_are_refused_by_name(bench: Workbench) -> None:
     trained = f"one-shot + {DISTILL}"
     with pytest.raises(ConfigError, match="has nothing to train: the policy prunes no"):
@@ -184,6 +203,8 @@ def test_bad_courses_are_refused_by_name(bench: Workbench) -> None:
         kl(bench, policy_of(bench, PATTERN, "one-shoot"))
     with pytest.raises(ConfigError, match="phase 1 of 1 of .* 10 tokens are not"):
         kl(bench, policy_of(bench, PATTERN, "one-shot + distill(tokens=10)"))
+    with pytest.raises(ConfigError, match="10 tokens are not enough for one window"):
+        kl(bench, policy_of(bench, PATTERN, "one-shot + blockwise(tokens=10)"))
     policy = policy_of(bench, PATTERN, trained)
     with pytest.raises(PolicyError, match="variants are those of 'one-shot'"):
         bench.measure(policy, bench.bank(policy), "report")
