@@ -209,6 +209,11 @@ def read_image(document: str, where: str = "the image") -> list[int]:
             f"{where} names {len(classes)} classes. Name its one by its number, in a "
             "comment '# class: 7'."
         )
+    if min(width, height, white) < 1:
+        raise TextError(
+            f"{where} has width {width}, height {height} and {white} as its white. "
+            "Each is at least 1."
+        )
     count = prod((channels, height, width))
     if len(pixels) != count or not all(0 <= one <= white for one in pixels):
         raise TextError(

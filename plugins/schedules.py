@@ -1,7 +1,11 @@
 """When and how often the steps of a policy are applied."""
 
+from collections.abc import Mapping
+
 from autoprune.compression.method import Parameter, Settings
+from autoprune.errors import MethodError
 from autoprune.hookspecs import hookimpl
+from autoprune.policy import Value
 from autoprune.training.ramps import RAMPS, Ramp
 from autoprune.training.schedule import Outline, Phase, Schedule
 
@@ -64,11 +68,22 @@ class Gradual(Schedule):
         Parameter("end", float, 0.75, "Share of the tokens at its end.", 0.1, 1),
     )
 
+    def check(self, params: Mapping[str, Value]) -> Settings:
+        """See that pruning ends after its start."""
+        settings = super().check(params)
+        start, end = settings["start"], settings["end"]
+        if start >= end:
+            raise MethodError(
+                f"gradual prunes from a start to a later end, found start {start} and "
+                f"end {end}"
+            )
+        return settings
+
     def phases(self, outline: Outline, settings: Settings) -> list[Phase]:
         """Lay out what comes before, the steps, and what comes after."""
         steps, start, end = settings["steps"], settings["start"], settings["end"]
         ramp = Ramp(settings["ramp"], final=1.0, end=steps)
-        part = max(0.0, end - start) / steps
+        part = (end - start) / steps
         phases = [Phase({}, start)] if start else []
         phases += [Phase(outline.at(ramp.sparsity(n)), part) for n in range(1, steps)]
         return [*phases, Phase(outline.pruning, 1.0 - start - part * (steps - 1))]

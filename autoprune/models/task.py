@@ -94,7 +94,17 @@ class Head:
         features: Float[Tensor, "positions hidden"],
         labels: Int[Tensor, " positions"],
     ) -> Float[Tensor, " positions"]:
-        """Give the negative log-likelihood of each label, in nats."""
+        """Give the negative log-likelihood of each label, in nats.
+
+        Raises:
+            ModelError: If a label is none of the classes.
+        """
+        classes, largest = len(self.weight), int(labels.max()) if len(labels) else 0
+        if largest >= classes:
+            raise ModelError(
+                f"a label is class {largest}, but the model tells {classes} apart, from "
+                f"0. Take data with its own classes, or the model of that data."
+            )
         return torch.cat(
             [
                 logits.logsumexp(-1) - logits.gather(1, labels[rows, None])[:, 0]

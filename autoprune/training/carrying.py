@@ -24,9 +24,7 @@ from autoprune.compression.variant import Variant
 from autoprune.errors import ConfigError
 from autoprune.models.task import Task
 from autoprune.models.text import TokenWindows
-from autoprune.models.weights import (
-    write_weight,
-)
+from autoprune.models.weights import write_weight
 from autoprune.policy import Action, Layer, digest
 from autoprune.training.as_trained import (
     TRAINED,
@@ -38,7 +36,7 @@ from autoprune.training.as_trained import (
 )
 from autoprune.training.course import Course
 from autoprune.training.masks import FrozenMasks
-from autoprune.training.recovery import Pupil
+from autoprune.training.recovery import Pupil, Told
 from autoprune.training.schedule import Phase, Pruning
 
 HELD_OUT = 8
@@ -184,7 +182,7 @@ class Carrying:
         number: int,
         share: float,
         masks: FrozenMasks,
-        told: Any,
+        told: Told,
     ) -> None:
         """Do one recovery after the other, or read what they have left."""
         held = max(1, len(self.windows.ids) // HELD_OUT)

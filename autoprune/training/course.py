@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from autoprune.compression.actions import Actions
-from autoprune.compression.parameters import Parameter, Settings, complete
+from autoprune.compression.parameters import Settings
 from autoprune.errors import PolicyError, unknown_name
-from autoprune.policy import ONE_SHOT, Action, Layer, Step
+from autoprune.policy import Action, Layer, Step
 from autoprune.training.recovery import RecoveryMethod
 from autoprune.training.schedule import Outline, Phase, Pruning, Schedule, pruning_of
 
@@ -55,29 +55,15 @@ class Course:
             known = first.method in recoveries
             raise PolicyError(f"{told}. {hint}{first.method}" if known else told)
         schedule, found = schedules[first.method], []
+        settings = schedule.check(dict(first.params))
+        steps = [_plain(schedule, settings)]
         for step in others:
             if step.method not in recoveries:
                 raise PolicyError(unknown_name("recovery", step.method, recoveries))
-            found.append((recoveries[step.method], step))
-        steps = [
-            _plain(first, schedule.parameters),
-            *(_plain(step, one.parameters) for one, step in found),
-        ]
-        return cls(
-            schedule,
-            complete(first.method, schedule.parameters, dict(first.params)),
-            tuple(
-                (one, complete(step.method, one.parameters, dict(step.params)))
-                for one, step in found
-            ),
-            text,
-            str(Action(tuple(steps))),
-        )
-
-    @property
-    def is_plain(self) -> bool:
-        """True if variants are what they are without any schedule."""
-        return self.text == ONE_SHOT
+            recovery = recoveries[step.method]
+            found.append((recovery, recovery.check(dict(step.params))))
+            steps.append(_plain(*found[-1]))
+        return cls(schedule, settings, tuple(found), text, str(Action(tuple(steps))))
 
     @property
     def identity(self) -> str:
@@ -109,9 +95,8 @@ class Course:
         return self.schedule.phases(outline, self.settings)
 
 
-def _plain(step: Step, parameters: tuple[Parameter, ...]) -> Step:
-    """Leave out what only repeats a default."""
-    given = complete(step.method, parameters, dict(step.params))
-    defaults = {one.name: one.default for one in parameters}
-    kept = {name: value for name, value in given.items() if value != defaults[name]}
-    return Step(step.method, tuple(sorted(kept.items())))
+def _plain(whose: Schedule | RecoveryMethod, settings: Settings) -> Step:
+    """Write settings as a step, without what only repeats a default."""
+    defaults = {one.name: one.default for one in whose.parameters}
+    kept = {name: value for name, value in settings.items() if value != defaults[name]}
+    return Step(whose.name, tuple(sorted(kept.items())))

@@ -1,7 +1,7 @@
 """What a recovery is: training that gives quality back, with the masks held."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from autoprune.compression.parameters import Parameter, Settings
+from autoprune.compression.parameters import Parameter, Settings, complete
 from autoprune.models.layers import Inventory
 from autoprune.models.task import Task
 from autoprune.models.weights import parameter_of
-from autoprune.policy import Layer
+from autoprune.policy import Layer, Value
 from autoprune.training.masks import FrozenMasks
 
 Told = Callable[[float], None]
@@ -85,6 +85,14 @@ class RecoveryMethod(ABC):
     version: ClassVar[str] = "1"
     reference: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]] = ()
+
+    def check(self, params: Mapping[str, Value]) -> Settings:
+        """Complete and check the parameters; a subclass may see that they fit together.
+
+        Raises:
+            MethodError: If a name is unknown or missing, or a value impossible.
+        """
+        return complete(self.name, self.parameters, params)
 
     @abstractmethod
     def recover(

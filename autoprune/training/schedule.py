@@ -1,7 +1,7 @@
 """What a schedule is: the phases in which a policy is applied, as plain data.
 
 A schedule says what is on the model in each phase, and which share of the recovery's
-tokens follows. It computes nothing: ``course`` puts variants on and trains.
+tokens follows. It computes nothing: ``carrying`` puts variants on and trains.
 """
 
 from abc import ABC, abstractmethod
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from autoprune.compression.actions import Actions
-from autoprune.compression.parameters import Parameter, Settings
-from autoprune.policy import DENSE, Action, Layer, Step
+from autoprune.compression.parameters import Parameter, Settings, complete
+from autoprune.policy import DENSE, Action, Layer, Step, Value
 
 Pruning = Mapping[Layer, Action]
 """What prunes each layer: its action up to the step that begins to quantize."""
@@ -95,6 +95,14 @@ class Schedule(ABC):
     version: ClassVar[str] = "1"
     reference: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]] = ()
+
+    def check(self, params: Mapping[str, Value]) -> Settings:
+        """Complete and check the parameters; a subclass may see that they fit together.
+
+        Raises:
+            MethodError: If a name is unknown or missing, or a value impossible.
+        """
+        return complete(self.name, self.parameters, params)
 
     @abstractmethod
     def phases(self, outline: Outline, settings: Settings) -> list[Phase]:

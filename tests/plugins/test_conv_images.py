@@ -9,13 +9,21 @@ import torch
 from autoprune_plugins.conv_digits import DigitImages
 from autoprune_plugins.conv_images import ImageClassification, PixelReader, read_image
 from autoprune_plugins.text_sources import FileText
-from tiny_convnets import reader, tiny_resnet, windows, write_images
+from tiny_convnets import (
+    bench_of,
+    reader,
+    tiny_resnet,
+    windows,
+    write_images,
+    write_resnet,
+)
 from torch import Tensor
 
 from autoprune.errors import ModelError, TextError
 from autoprune.models.checkpoints import Checkpoint
 from autoprune.models.task import output_layer
 from autoprune.models.text import TextSource
+from autoprune.plugins import load_plugins
 
 TASK = ImageClassification()
 SOURCES: dict[str, TextSource] = {"file": FileText(), "digits": DigitImages()}
@@ -33,6 +41,8 @@ def test_an_image_is_read_plane_by_plane() -> None:
         ("a story", "image 4 is no plain Netpbm image.* found 'a story'"),
         ("P2\n1 1 9\n3", "image 4 names 0 classes"),
         ("P2 # class: one\n1 1 9\n3", "image 4 names 1 classes.* number"),
+        ("P2 # class: 1\n1 1 0\n0", "width 1, height 1 and 0 as its white"),
+        ("P2 # class: 1\n0 1 9\n", "width 0, height 1 and 9 as its white"),
         ("P2 # class: 1\n2 1 9\n3", "has 1 numbers, expected 1 x 1 x 2 from 0 to 9"),
         ("P2 # class: 1\n1 1 9\n10", "has 1 numbers, expected 1 x 1 x 1 from 0 to 9"),
     ],
@@ -124,3 +134,9 @@ def test_digits_are_parted_without_overlap() -> None:
     assert len(whole) == 1797
     assert read_image(whole[0])[:4] == [0, 1, 8, 8]
     assert max(read_image(whole[0])) == 239  # 15 of 16
+
+
+def test_classes_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
+    folder = write_resnet(tmp_path / "model", tiny_resnet(num_labels=4))
+    with pytest.raises(ModelError, match=r"a label is class \d, but the model tells 4"):
+        bench_of(folder, load_plugins(), tmp_path / "cache")

@@ -32,12 +32,6 @@ def test_several_recoveries_follow_each_other() -> None:
     assert course.tokens == 96
 
 
-def test_only_one_shot_without_recovery_is_plain() -> None:
-    assert parse("one-shot").is_plain
-    assert not parse("iterative").is_plain
-    assert not parse("one-shot + lora(tokens=64)").is_plain
-
-
 def test_versions_are_part_of_what_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     before = parse("one-shot + lora(tokens=64)").identity
     monkeypatch.setattr(type(RECOVERIES["lora"]), "version", "2")
@@ -59,6 +53,18 @@ def test_versions_are_part_of_what_was_trained(monkeypatch: pytest.MonkeyPatch) 
         ("one-shot + lora(tokens=0)", MethodError, r"lora\(tokens=...\) lies from 1"),
         ("iterative(round=2)", MethodError, "unknown parameter of iterative 'round'"),
         ("one-shot + lora(", PolicyError, "cannot read"),
+        ("gradual(start=0.5, end=0.5)", MethodError, "found start 0.5 and end 0.5"),
+        (
+            "one-shot + distill(tokens=9, divergence=0.0)",
+            MethodError,
+            "distill: a loss needs a weight above 0",
+        ),
+        (
+            "one-shot + lora(tokens=9, temperature=0.0)",
+            MethodError,
+            "lora: the temperature of a distillation is above 0, found 0.0",
+        ),
+        ("one-shot + lora(tokens=9, l1=1.0)", MethodError, "of lora 'l1'"),
     ],
 )
 def test_what_is_no_course_is_refused(
