@@ -102,8 +102,8 @@ class Head:
         classes, largest = len(self.weight), int(labels.max()) if len(labels) else 0
         if largest >= classes:
             raise ModelError(
-                f"a label is class {largest}, but the model tells {classes} apart, from "
-                f"0. Take data with its own classes, or the model of that data."
+                f"a label is class {largest}, but the model tells {classes} apart, "
+                "from 0. Take data with its own classes, or the model of that data."
             )
         return torch.cat(
             [
