@@ -104,6 +104,22 @@ class Late(Schedule):
         return [Phase({}, start), Phase(outline.pruning, 1.0 - start)]
 
 
+class During(Schedule):
+    """Let the recovery prune, by what training tells it, from the dense model on.
+
+    Of the policy only what each layer is to store counts: its sparsity and pattern, not
+    the method that would score its weights.
+    """
+
+    name = "during"
+    reference = "Hoefler et al. 2021, arXiv:2102.00554, Sec. 2.4"
+    by_recovery = True
+
+    def phases(self, outline: Outline, settings: Settings) -> list[Phase]:
+        """Lay out the one phase."""
+        return [Phase(outline.pruning, 1.0, by_recovery=True)]
+
+
 class Progressive(Schedule):
     """Prune some blocks at a time, and recover before the next ones.
 
@@ -144,4 +160,4 @@ class Progressive(Schedule):
 @hookimpl
 def register_schedules() -> list[Schedule]:
     """Register them."""
-    return [OneShot(), Iterative(), Gradual(), Late(), Progressive()]
+    return [OneShot(), Iterative(), Gradual(), Late(), During(), Progressive()]

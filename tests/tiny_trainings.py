@@ -1,11 +1,17 @@
 """A tiny workbench with text to train on, and policies with schedules."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from autoprune.config import TextConfig
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import Plugins
 from autoprune.policy import DENSE, Action, Policy
+from autoprune.training import progress
 
 LENGTH = 32
 
@@ -50,3 +56,21 @@ def policy_of(bench: Workbench, action: str, schedule: str) -> Policy:
     return Policy(
         {name: found if block else DENSE for name, block in inside.items()}, schedule
     )
+
+
+@contextmanager
+def stopping_at(step: int) -> Iterator[None]:
+    """Interrupt trainings at their steps, as a user does."""
+    count = 0
+    original = progress.Observer.on_step_end
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == step:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress.Observer, "on_step_end", counted)
+        yield

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from autoprune.compression.apply import StitchedModel
 from autoprune.compression.method import CompressionMethod, Source
-from autoprune.compression.parameters import Settings
+from autoprune.compression.parameters import Settings, keep_of
 from autoprune.compression.storage import Storage
 from autoprune.compression.variant import Variant
+from autoprune.errors import ModelError
 from autoprune.models.statistics import InputStatistics
 from autoprune.models.weights import is_parameter, parameter_of, read_weight
 from autoprune.policy import Action, Layer, Step
+from autoprune.training.masks import FrozenMasks
 
 TRAINED = Step("trained")
 """Stands in an action for all that was done before its weights were trained."""
@@ -63,13 +65,50 @@ def as_trained(student: nn.Module, layer: Layer, variant: Variant) -> Variant:
     return replace(variant, values=weight)
 
 
-def weights_of(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Give some parameters by name, ready to be written."""
-    return {name: model.get_parameter(name).detach().contiguous() for name in names}
+def check_kept(layer: Layer, variant: Variant, course: str) -> None:
+    """See that a layer keeps as many weights as it is to store, and where it may.
+
+    Raises:
+        ModelError: If not; names layer and course.
+    """
+    storage, mask = variant.storage, variant.mask
+    assert mask is not None
+    kept, pattern = int(mask.sum()), storage.mask or ""
+    fits = kept == storage.kept
+    if fits and ":" in pattern and not storage.permuted:
+        keep, of = keep_of(pattern)
+        fits = bool((mask.reshape(-1, of).sum(1) == keep).all())
+    if not fits:
+        raise ModelError(
+            f"{layer.name} keeps {kept} weights after {course}, but is to store "
+            f"{storage.kept} as {pattern}. A recovery may move zeros within that only."
+        )
+
+
+_PRUNED = "pruned: "
+"""Stands before a parameter's name where its mask is written."""
+
+
+def trained_of(
+    model: nn.Module, names: Sequence[str], masks: FrozenMasks
+) -> dict[str, Tensor]:
+    """Give some parameters by name, and what is pruned, ready to be written."""
+    found = {name: model.get_parameter(name).detach().contiguous() for name in names}
+    return found | {_PRUNED + name: mask for name, mask in masks.parameters()}
 
 
 @torch.no_grad()
-def put_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put parameters on a model that were written before."""
+def put_trained(
+    model: nn.Module, masks: FrozenMasks, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put parameters on a model that were written before, and replace its masks."""
     for name, tensor in tensors.items():
-        model.get_parameter(name).copy_(tensor)
+        if not name.startswith(_PRUNED):
+            model.get_parameter(name).copy_(tensor)
+    masks.replace(
+        {
+            name.removeprefix(_PRUNED): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_PRUNED)
+        }
+    )

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoprune.compression.bank import VariantBank
+from autoprune.compression.storage import Storage
 from autoprune.compression.store import VariantStore
 from autoprune.compression.streaming import Progress
 from autoprune.compression.variant import Variant
@@ -31,8 +32,9 @@ from autoprune.training.as_trained import (
     AsTrained,
     OwnModel,
     as_trained,
-    put_weights,
-    weights_of,
+    check_kept,
+    put_trained,
+    trained_of,
 )
 from autoprune.training.course import Course
 from autoprune.training.masks import FrozenMasks
@@ -140,18 +142,11 @@ class Carrying:
         phase: Phase,
         progress: Progress | None,
     ) -> dict[Layer, Variant]:
-        """Prune the student and train it; give what was put on it."""
-        bank = self._bank_on(student, number, phase.pruning)
-        bank.put(phase.pruning)
-        made = {layer: bank.get(layer, one) for layer, one in phase.pruning.items()}
-        for layer, variant in made.items():
-            if phase.rewinds and variant.mask is not None:
-                kept = torch.where(variant.mask, self._dense(layer), 0.0)
-                write_weight(student, layer, kept)
-        masks = FrozenMasks(
-            student,
-            {la: one.mask for la, one in made.items() if one.mask is not None},
-        )
+        """Prune the student and train it; give what is on it then."""
+        put = {} if phase.by_recovery else self._put(student, number, phase)
+        storage = self.bank.actions.storage
+        storages = {la: storage(la, action) for la, action in phase.pruning.items()}
+        masks = FrozenMasks(student, self._kept(storages, put))
 
         def told(share: float) -> None:
             if progress:
@@ -159,10 +154,43 @@ class Carrying:
 
         told(0.0)
         if phase.share:
-            self._recover(student, number, phase.share, masks, told)
+            self._recover(student, number, phase.share, masks, storages, told)
         masks.check()
         told(1.0)
+        made = {}
+        for layer, declared in storages.items():
+            variant = put.get(layer) or Variant(declared, mask=masks.kept(layer))
+            if variant.mask is not None:
+                variant = replace(variant, mask=masks.kept(layer))
+                check_kept(layer, variant, self.course.text)
+            made[layer] = variant
         return made
+
+    def _put(
+        self, student: nn.Module, number: int, phase: Phase
+    ) -> dict[Layer, Variant]:
+        """Prune the student by the methods of the policy."""
+        bank = self._bank_on(student, number, phase.pruning)
+        bank.put(phase.pruning)
+        put = {layer: bank.get(layer, one) for layer, one in phase.pruning.items()}
+        for layer, variant in put.items():
+            if phase.rewinds and variant.mask is not None:
+                kept = torch.where(variant.mask, self._dense(layer), 0.0)
+                write_weight(student, layer, kept)
+        return put
+
+    @staticmethod
+    def _kept(
+        storages: Mapping[Layer, Storage], put: Mapping[Layer, Variant]
+    ) -> dict[Layer, Tensor]:
+        """Tell what stays of each layer that loses weights, now or in the recovery."""
+        if put:
+            return {la: one.mask for la, one in put.items() if one.mask is not None}
+        return {
+            layer: torch.ones(layer.shape, dtype=torch.bool)
+            for layer, declared in storages.items()
+            if declared.mask is not None
+        }
 
     def _bank_on(
         self, student: nn.Module, number: int, reference: Mapping[Layer, Action]
@@ -182,6 +210,7 @@ class Carrying:
         number: int,
         share: float,
         masks: FrozenMasks,
+        storages: Mapping[Layer, Storage],
         told: Told,
     ) -> None:
         """Do one recovery after the other, or read what they have left."""
@@ -192,6 +221,7 @@ class Carrying:
             inventory=self.bank.inventory,
             layers=tuple(self.phases[-1].pruning),
             masks=masks,
+            storages=storages,
             task=self.task,
             tokenizer=self.tokenizer,
             windows=self.windows.ids[:-held],
@@ -201,7 +231,7 @@ class Carrying:
             folder = self.folder / f"phase-{number}-{place}-{recovery.name}"
             kept = folder.with_suffix(".safetensors")
             if kept.exists():
-                put_weights(student, load_file(kept))
+                put_trained(student, masks, load_file(kept))
                 continue
             done = place / len(self.course.recoveries)
 
@@ -217,7 +247,7 @@ class Carrying:
                 ) from error
             folder.parent.mkdir(parents=True, exist_ok=True)
             part_file = kept.with_suffix(".part")
-            save_file(weights_of(student, pupil.parameters), part_file)
+            save_file(trained_of(student, pupil.parameters, masks), part_file)
             part_file.replace(kept)
             shutil.rmtree(folder, ignore_errors=True)
 

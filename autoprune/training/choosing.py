@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from autoprune.compression.masks import pruned_count, smallest
+from autoprune.compression.masks import kept_by_pattern, pruned_count, smallest
+from autoprune.compression.storage import BITMAP, Storage
 from autoprune.errors import ConfigError, MethodError, unknown_name
 
 SCOPES = ("model", "parameter")
@@ -63,6 +65,52 @@ def prune_counts(
         .to(score.device)
         for name, score in scores.items()
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """How a matrix is to be pruned at the end.
+
+    Attributes:
+        pruned: So many of its weights go.
+        pattern: ``N:M`` if they go in groups of M columns; None if from anywhere.
+    """
+
+    pruned: int
+    pattern: str | None = None
+
+
+def goal_of(storage: Storage) -> Goal | None:
+    """Read a goal from what a layer is to store; None if its zeros have fixed places.
+
+    Those of units, of tiles and of permuted columns have, and those of a layer that is
+    to store more than weights and a mask.
+    """
+    fixed = storage.units, storage.hidden, storage.bits, storage.low_rank
+    if fixed != (None, None, None, None) or storage.permuted or storage.bias:
+        return None
+    if storage.mask is None or (storage.mask != BITMAP and ":" not in storage.mask):
+        return None
+    pattern = None if storage.mask == BITMAP else storage.mask
+    return Goal(storage.numel - storage.kept, pattern)
+
+
+def prune_towards(
+    scores: Float[Tensor, "out ..."], goal: Goal, share: float = 1.0
+) -> Bool[Tensor, "out ..."]:
+    """Mark the smallest scores on the way to a goal: ``round(share * pruned)`` of them.
+
+    Of an ``N:M`` pattern only those are marked that may go at its end.
+
+    Example:
+        >>> prune_towards(torch.tensor([[1.0, 2.0, 8.0, 9.0]]), Goal(2, "1:2")).tolist()
+        [[True, False, True, False]]
+    """
+    flat = _flat("a parameter", scores).view(len(scores), -1)
+    if goal.pattern is not None:
+        flat = flat.masked_fill(kept_by_pattern(flat, goal.pattern), math.inf)
+    count = pruned_count(goal.pruned, share)
+    return smallest(flat.view(1, -1), count).view(scores.shape).to(scores.device)
 
 
 def erk_counts(shapes: Mapping[str, Sequence[int]], sparsity: float) -> dict[str, int]:

@@ -63,6 +63,13 @@ class Course:
             recovery = recoveries[step.method]
             found.append((recovery, recovery.check(dict(step.params))))
             steps.append(_plain(*found[-1]))
+        if schedule.by_recovery and not (found and found[0][0].prunes):
+            able = [name for name, one in recoveries.items() if one.prunes]
+            raise PolicyError(
+                f"in {schedule.name} the recovery prunes, found "
+                f"{found[0][0].name if found else 'none'}, which cannot. Take one of: "
+                f"{', '.join(sorted(able))}."
+            )
         return cls(schedule, settings, tuple(found), text, str(Action(tuple(steps))))
 
     @property

@@ -28,11 +28,14 @@ from transformers import (
 from autoprune.errors import RunError
 from autoprune.training.losses import RecoveryLoss
 from autoprune.training.masks import FrozenMasks
+from autoprune.training.moving_masks import MovingMasks
 from autoprune.training.progress import VALIDATION, Observer, validations
 from autoprune.training.resuming import (
     keep_only,
     last_checkpoint,
+    read_masks,
     read_weights,
+    write_masks,
     write_weights,
 )
 from autoprune.training.settings import SCHEDULES, TrainingSettings
@@ -53,6 +56,7 @@ class RecoveryLoop(Trainer):
         folder: Path,
         *,
         loss: RecoveryLoss,
+        masks: FrozenMasks | MovingMasks,
         settings: TrainingSettings,
         validation: Int[Tensor, "others length"] | None,
         observer: Observer,
@@ -75,25 +79,25 @@ class RecoveryLoop(Trainer):
             self.add_callback(_BeforeStep(before_step))
         self.model_accepts_loss_kwargs = False
         self._model, self._folder, self._validation = model, folder, validation
-        self._loss, self._settings = loss, settings
+        self._loss, self._masks, self._settings = loss, masks, settings
         self._observer = observer
         self._measured: dict[int, float] = {}
         self._still = [module for module in model.modules() if _is_still(module)]
 
-    def recover(self, masks: FrozenMasks) -> TrainerState:
+    def recover(self) -> TrainerState:
         """Train, unless the last checkpoint is the end; give the state."""
         shutil.rmtree(self._folder / _PART, ignore_errors=True)  # of a killed process
         last = last_checkpoint(self._folder)
         if last is not None:
             self.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
             if self.state.global_step >= self.state.max_steps or self._is_met():
-                read_weights(self._model, last)
+                self._load_from_checkpoint(str(last))
                 return self.state
         elif self._validation is not None:
             self.evaluate()
             if self._is_met():
                 return self.state
-        with masks.held(self.create_optimizer()):
+        with self._masks.held(self.create_optimizer()):
             self.train(resume_from_checkpoint=None if last is None else str(last))
         return self.state
 
@@ -173,8 +177,12 @@ class RecoveryLoop(Trainer):
         # Not ``save_pretrained``: it may write weights under other names and in other
         # shapes (those of experts), which ``load_state_dict`` would not find.
         write_weights(self._model, Path(output_dir))
+        if isinstance(self._masks, MovingMasks):
+            write_masks(self._masks, Path(output_dir))
 
     def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
+        if isinstance(self._masks, MovingMasks):
+            read_masks(self._masks, Path(folder))
         read_weights(self._model, Path(folder))
 
 

@@ -9,7 +9,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from autoprune.errors import ConfigError, unknown_name
-from autoprune.training.choosing import SCOPES, prune_counts, prune_smallest
+from autoprune.training.choosing import (
+    SCOPES,
+    Goal,
+    prune_counts,
+    prune_smallest,
+    prune_towards,
+)
 from autoprune.training.moving_masks import MaskedWeight, MaskRule
 from autoprune.training.ramps import Ramp
 
@@ -60,6 +66,71 @@ class GradualMagnitude(MaskRule):
             for name, one in now.items():
                 scores[name].masked_fill_(one.pruned, -1.0)
         return prune_smallest(scores, self.ramp.sparsity(step), per=self.per)
+
+
+@dataclass(frozen=True, slots=True)
+class StraightThrough(MaskRule):
+    """Prunes the smallest shadows, again and again, as many as each parameter is to.
+
+    SR-STE (Zhou et al. 2021, arXiv:2102.04010, Eq. 9): all weights learn from the
+    gradient at the pruned ones (straight-through), and those that are pruned are pulled
+    to zero, so that masks settle. Without the pull it is dynamic pruning with feedback
+    (Lin et al. 2020, arXiv:2006.07253, Sec. 3).
+
+    Args:
+        goals: How each parameter is pruned at the end.
+        ramp: Share of its goal after each step, ending at 1.
+        interval: Steps between two renewals after the ramp, at least 1.
+        stop: Step from which masks stay, unless the ramp ends later.
+        decay: Strength of the pull, times a pruned weight's value in its gradient.
+
+    Raises:
+        ConfigError: If one of these lies out of its range; names it.
+    """
+
+    goals: Mapping[str, Goal]
+    ramp: Ramp
+    interval: int = 1
+    stop: float = math.inf
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.ramp.final != 1.0:
+            raise ConfigError(
+                f"the ramp of shares of a goal ends at 1, found {self.ramp.final}"
+            )
+        if self.interval < 1:
+            raise ConfigError(
+                f"the interval of masks is 1 or more, not {self.interval}"
+            )
+        if not 0 <= self.decay < math.inf:
+            raise ConfigError(f"the decay of shadows is 0 or more, not {self.decay}")
+
+    @property
+    def keeps_shadow(self) -> bool:
+        """It does."""
+        return True
+
+    @property
+    def shadow_decay(self) -> float:
+        """What is added to the gradient of a pruned weight, times its value."""
+        return self.decay
+
+    def renews_at(self, step: int) -> bool:
+        """Tell whether masks are made anew after a step."""
+        if step <= self.ramp.end:
+            return self.ramp.prunes_at(step)
+        return step < self.stop and (step - self.ramp.end) % self.interval == 0
+
+    def renew(
+        self, step: int, now: Mapping[str, MaskedWeight]
+    ) -> dict[str, Bool[Tensor, "..."]]:
+        """Prune the smallest of each parameter."""
+        share = self.ramp.sparsity(step)
+        return {
+            name: prune_towards(one.weight.abs(), self.goals[name], share)
+            for name, one in now.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Pruned weights that stay at zero while the others are trained."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -106,10 +106,27 @@ class FrozenMasks:
         for name, (_, mask) in zip(self._masks, self._pairs(), strict=True):
             yield name, mask
 
+    def kept(self, layer: Layer) -> Bool[Tensor, "out in"]:
+        """Tell which weights of a layer stay.
+
+        Raises:
+            ModelError: If the layer's parameter has no mask.
+        """
+        parameter = self.model.get_parameter(parameter_of(layer.name))
+        for name, mask in self.parameters():
+            if self.model.get_parameter(name) is parameter:
+                view = view_of_layer(self.model, layer.name, mask)
+                assert view is not None
+                return ~view
+        raise ModelError(
+            f"the layer {layer.name!r} has no mask. Ask for one that has weights to "
+            "hold at zero."
+        )
+
     @torch.no_grad()
-    def apply(self) -> None:
-        """Set what is pruned to ``+0.0``."""
-        for parameter, mask in self._pairs():
+    def apply(self, *, but: Collection[str] = ()) -> None:
+        """Set what is pruned to ``+0.0``, but of the parameters named."""
+        for parameter, mask in self._pairs(but):
             parameter.masked_fill_(mask, 0.0)
 
     def replace(self, pruned: Mapping[str, Bool[Tensor, "..."]]) -> None:
@@ -134,9 +151,11 @@ class FrozenMasks:
         self.apply()
 
     @torch.no_grad()
-    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+    def forget(
+        self, optimizer: torch.optim.Optimizer, *, but: Collection[str] = ()
+    ) -> None:
         """Let an optimizer remember nothing of what is pruned: momentum, variance."""
-        for parameter, mask in self._pairs():
+        for parameter, mask in self._pairs(but):
             for state in optimizer.state.get(parameter, {}).values():
                 if isinstance(state, Tensor) and state.shape == mask.shape:
                     state.masked_fill_(mask, 0)
@@ -158,7 +177,9 @@ class FrozenMasks:
                 )
 
     @contextmanager
-    def held(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def held(
+        self, optimizer: torch.optim.Optimizer, *, but: Collection[str] = ()
+    ) -> Iterator[None]:
         """Hold the masks at every step of an optimizer, its momentum included.
 
         Gradients of pruned weights are zero as soon as a backward pass has made them,
@@ -166,18 +187,22 @@ class FrozenMasks:
         live; and again before a step, for who wrote to them meanwhile. What the
         optimizer remembers of pruned weights is forgotten. After a step the weights
         are zero, whatever decay, noise or an old momentum did.
+
+        Args:
+            optimizer: What trains the parameters.
+            but: Parameters that somebody else holds.
         """
 
         def before(*_: Any) -> None:
-            for parameter, mask in self._pairs():
+            for parameter, mask in self._pairs(but):
                 _silence(mask, parameter)
 
         def after(*_: Any) -> None:
-            self.apply()
+            self.apply(but=but)
 
-        self.forget(optimizer)
+        self.forget(optimizer, but=but)
         with ExitStack() as undo:
-            for parameter, mask in self._pairs():
+            for parameter, mask in self._pairs(but):
                 if parameter.requires_grad:
                     hook = partial(_silence, mask)
                     handle = parameter.register_post_accumulate_grad_hook(hook)
@@ -191,8 +216,12 @@ class FrozenMasks:
             self._masks[name] = torch.zeros_like(parameter, dtype=torch.bool)
         return self._masks[name]
 
-    def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def _pairs(
+        self, but: Collection[str] = ()
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for name, mask in self._masks.items():
+            if name in but:
+                continue
             parameter = self.model.get_parameter(name)
             if mask.device != parameter.device:
                 mask = self._masks[name] = mask.to(parameter.device)

@@ -1,7 +1,8 @@
 """Masks that are made anew during a training, exact after every step."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,11 @@ class MaskRule(ABC):
         """Whether pruned weights keep values that are trained, unseen by the model."""
         return False
 
+    @property
+    def shadow_decay(self) -> float:
+        """What is added to the gradient of a pruned weight, times its value."""
+        return 0.0
+
     @abstractmethod
     def renews_at(self, step: int) -> bool:
         """Tell whether masks are made anew after a step, counted from 0."""
@@ -69,17 +75,32 @@ class MovingMasks:
     ``load_state_dict``.
 
     Args:
-        masks: What is pruned at first; afterwards what is pruned now. Its parameters
-            are those whose masks move.
+        masks: What is pruned at first; afterwards what is pruned now.
         rule: When masks are made anew, and how.
+        moving: Names of the parameters whose masks move, of those that ``masks`` has;
+            all by default. Other masks stay.
 
     Attributes:
         masks: What is pruned now.
         step: Steps of the optimizer until now.
+
+    Raises:
+        ModelError: If a parameter that is to move has no mask.
     """
 
-    def __init__(self, masks: FrozenMasks, rule: MaskRule) -> None:
+    def __init__(
+        self,
+        masks: FrozenMasks,
+        rule: MaskRule,
+        moving: Collection[str] | None = None,
+    ) -> None:
         self.masks, self.rule, self.step = masks, rule, 0
+        self._moving = frozenset(masks.pruned if moving is None else moving)
+        if strange := sorted(self._moving - masks.pruned.keys()):
+            raise ModelError(
+                f"{strange[0]!r} has no mask that could move ({len(strange)} of "
+                f"{len(self._moving)} names have none). Name parameters of the masks."
+            )
         self._gradients: dict[str, Tensor] = {}
         self._shadows: dict[str, Tensor] = {}
         if rule.keeps_shadow:
@@ -127,11 +148,11 @@ class MovingMasks:
                     hook = partial(self._collect, name, pruned)
                     handle = parameter.register_post_accumulate_grad_hook(hook)
                     undo.callback(handle.remove)
-            if self.rule.keeps_shadow:
+            shadows = self._shadows.keys()
+            undo.enter_context(self.masks.held(optimizer, but=shadows))
+            if shadows:
                 before = optimizer.register_step_pre_hook(self._show_shadows)
                 undo.callback(before.remove)
-            else:
-                undo.enter_context(self.masks.held(optimizer))
             undo.callback(optimizer.register_step_post_hook(after).remove)
             yield
 
@@ -139,7 +160,7 @@ class MovingMasks:
         """Give what a resumed training needs, beside model and optimizer."""
         return {
             "step": self.step,
-            "pruned": {name: mask.clone() for name, mask in self.parameters()},
+            "pruned": {name: mask.clone() for name, _, mask in self._each()},
             "shadows": {name: value.clone() for name, value in self._shadows.items()},
         }
 
@@ -150,21 +171,32 @@ class MovingMasks:
             ModelError: If it held masks of other parameters, or other shadows.
         """
         found = state["pruned"].keys(), state["shadows"].keys()
-        if found != (self.pruned.keys(), self._shadows.keys()):
+        if found != (self._moving, self._shadows.keys()):
             raise ModelError(
                 f"the state holds masks of {len(found[0])} parameters and shadows of "
-                f"{len(found[1])}, expected {len(self.pruned)} and "
+                f"{len(found[1])}, expected {len(self._moving)} and "
                 f"{len(self._shadows)} with the same names. Give the state of masks "
                 "with this model and rule."
             )
         self.step = state["step"]
         for name, shadow in self._shadows.items():
             shadow.copy_(state["shadows"][name])
-        self.masks.replace(state["pruned"])
+        self._replace(state["pruned"])
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """All that the masks at the end depend on, beside those of now."""
+        moving = "\n".join(sorted(self._moving))
+        text = hashlib.sha256(f"{self.rule!r}\n{moving}".encode()).hexdigest()
+        return {"rule of the masks": text[:16]}
 
     def _each(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         for name, mask in self.parameters():
-            yield name, self.model.get_parameter(name), mask
+            if name in self._moving:
+                yield name, self.model.get_parameter(name), mask
+
+    def _replace(self, pruned: Mapping[str, Tensor]) -> None:
+        self.masks.replace(dict(self.parameters()) | dict(pruned))
 
     def _collect(self, name: str, pruned: Tensor, parameter: nn.Parameter) -> None:
         """Keep the whole gradient, before that of pruned weights is silenced."""
@@ -177,15 +209,18 @@ class MovingMasks:
 
     @torch.no_grad()
     def _show_shadows(self, *_: Any) -> None:
-        for name, shadow in self._shadows.items():
-            self.model.get_parameter(name).copy_(shadow)
+        decay = self.rule.shadow_decay
+        for name, parameter, pruned in self._each() if self._shadows else ():
+            parameter.copy_(self._shadows[name])
+            if decay and parameter.grad is not None:
+                parameter.grad.add_(parameter * pruned, alpha=decay)
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer) -> None:
         for name, shadow in self._shadows.items():
             shadow.copy_(self.model.get_parameter(name))
         if self.rule.renews_at(self.step):
-            self.masks.replace(self.rule.renew(self.step, self._now()))
+            self._replace(self.rule.renew(self.step, self._now()))
             if not self.rule.keeps_shadow:
                 self.masks.forget(optimizer)
         elif self.rule.keeps_shadow:
@@ -199,7 +234,7 @@ class MovingMasks:
             if missing:
                 raise ModelError(
                     f"{missing[0]} has no gradient at step {self.step}, by which "
-                    f"weights grow ({len(missing)} of {len(self.pruned)} parameters). "
+                    f"weights grow ({len(missing)} of {len(self._moving)} parameters). "
                     "Train all parameters whose masks move."
                 )
         return {

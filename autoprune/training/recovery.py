@@ -10,10 +10,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from autoprune.compression.parameters import Parameter, Settings, complete
+from autoprune.compression.storage import Storage
 from autoprune.models.layers import Inventory
 from autoprune.models.task import Task
-from autoprune.models.weights import parameter_of
+from autoprune.models.weights import is_parameter, parameter_of
 from autoprune.policy import Layer, Value
+from autoprune.training.choosing import Goal, goal_of
 from autoprune.training.masks import FrozenMasks
 
 Told = Callable[[float], None]
@@ -30,7 +32,8 @@ class Pupil:
         inventory: Blocks and layers of both.
         layers: The layers whose weights are trained; all else stays as it is, because
             only layers have variants.
-        masks: What is pruned.
+        masks: What is pruned; of every layer that loses weights, also if none has gone.
+        storages: What each of the layers is to store afterwards, its zeros above all.
         task: What the model is for.
         tokenizer: Its tokenizer.
         windows: What to train on.
@@ -42,6 +45,7 @@ class Pupil:
     inventory: Inventory
     layers: tuple[Layer, ...]
     masks: FrozenMasks
+    storages: Mapping[Layer, Storage]
     task: Task
     tokenizer: Any
     windows: Int[Tensor, "windows length"]
@@ -67,6 +71,21 @@ class Pupil:
         held = {self.model.get_parameter(name) for name in names}
         return tuple(la for la in self.layers if self._parameter(la) in held)
 
+    @property
+    def goals(self) -> dict[str, Goal]:
+        """How parameters are to be pruned whose zeros may lie elsewhere, by their name.
+
+        They are trained, one layer each, and lose weights of anywhere or of ``N:M``
+        groups.
+        """
+        found = {}
+        for layer in self.trainable:
+            goal = goal_of(self.storages[layer])
+            if goal is not None and is_parameter(self.model, layer):
+                found[self._parameter(layer)] = goal
+        named = {p: name for name, p in self.model.named_parameters()}
+        return {named[parameter]: goal for parameter, goal in found.items()}
+
     def _parameter(self, layer: Layer) -> nn.Parameter:
         return self.model.get_parameter(parameter_of(layer.name))
 
@@ -79,12 +98,14 @@ class RecoveryMethod(ABC):
         version: Raised when weights come out differently; part of their key.
         reference: The paper, with section or equation.
         parameters: What may be set; ``tokens`` is the budget of a whole schedule.
+        prunes: True if it can prune a dense model to what layers are to store.
     """
 
     name: ClassVar[str]
     version: ClassVar[str] = "1"
     reference: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]] = ()
+    prunes: ClassVar[bool] = False
 
     def check(self, params: Mapping[str, Value]) -> Settings:
         """Complete and check the parameters; a subclass may see that they fit together.
@@ -106,8 +127,10 @@ class RecoveryMethod(ABC):
     ) -> None:
         """Train the model in place.
 
-        The same pupil and settings give the same weights. What was pruned is ``+0.0``
-        afterwards, and what is not among the pupil's layers as it was.
+        The same pupil and settings give the same weights. Every layer is pruned as its
+        storage says afterwards, and what the masks prune is ``+0.0``: as they were, or
+        as the recovery has replaced them. What is not among the pupil's layers is as it
+        was.
 
         Args:
             pupil: What is trained.

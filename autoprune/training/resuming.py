@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from autoprune.errors import RunError
 from autoprune.exporting.digests import digest
+from autoprune.training.moving_masks import MovingMasks
 
 NAME = "recovery.json"
 """What a folder's recovery started from."""
 
 WEIGHTS = "weights.safetensors"
 """What a checkpoint keeps of the model: all that training changes, in float32."""
+
+MASKS = "masks.pt"
+"""What a checkpoint keeps of masks that move."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -105,6 +109,20 @@ def read_weights(model: nn.Module, folder: Path) -> None:
         )
     for name, tensor in wanted.items():
         tensor.copy_(found[name])
+
+
+def write_masks(masks: MovingMasks, folder: Path) -> None:
+    """Write where masks are on their way."""
+    torch.save(masks.state_dict(), folder / MASKS)
+
+
+def read_masks(masks: MovingMasks, folder: Path) -> None:
+    """Let masks go on from where those of a checkpoint were.
+
+    Raises:
+        ModelError: If these were masks of other parameters.
+    """
+    masks.load_state_dict(torch.load(folder / MASKS, weights_only=True))
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -26,11 +26,14 @@ class Phase:
         share: Of the tokens of every recovery, in [0, 1]; 0 for none.
         rewinds: True if kept weights go back to those of the dense model before the
             recovery, with the masks that the weights of now have given.
+        by_recovery: True if nothing is put on: the recovery prunes to what ``pruning``
+            would store, by what training tells it.
     """
 
     pruning: Pruning
     share: float
     rewinds: bool = False
+    by_recovery: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +92,14 @@ class Schedule(ABC):
             trained.
         reference: The paper, with section or equation.
         parameters: What may be set.
+        by_recovery: True if it has phases in which the recovery prunes.
     """
 
     name: ClassVar[str]
     version: ClassVar[str] = "1"
     reference: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]] = ()
+    by_recovery: ClassVar[bool] = False
 
     def check(self, params: Mapping[str, Value]) -> Settings:
         """Complete and check the parameters; a subclass may see that they fit together.

@@ -19,7 +19,7 @@ from autoprune.policy import Action, Layer, digest
 from autoprune.training.carrying import Carrying
 from autoprune.training.course import Course
 
-FORMAT = 1
+FORMAT = 2
 """Raised when courses are carried out in another way; part of every variant's key."""
 
 

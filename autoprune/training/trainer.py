@@ -20,6 +20,7 @@ from autoprune.errors import ConfigError, ModelError
 from autoprune.training.loop import RecoveryLoop
 from autoprune.training.losses import RecoveryLoss
 from autoprune.training.masks import FrozenMasks
+from autoprune.training.moving_masks import MovingMasks
 from autoprune.training.progress import Observer, Progress, validations
 from autoprune.training.resuming import claim, digest_of
 from autoprune.training.settings import TrainingSettings
@@ -51,7 +52,7 @@ def train(
     folder: Path,
     *,
     loss: RecoveryLoss,
-    masks: FrozenMasks,
+    masks: FrozenMasks | MovingMasks,
     settings: TrainingSettings,
     validation: Int[Tensor, "others length"] | None = None,
     trained: Collection[str] | None = None,
@@ -73,7 +74,7 @@ def train(
         folder: Where checkpoints lie; of this recovery only, and of one process at a
             time.
         loss: What is minimised.
-        masks: What is pruned.
+        masks: What is pruned, or what is pruned first and how that changes.
         settings: How long and how fast.
         validation: Other windows, whose loss is told and may end the training.
         trained: Names of the parameters to train, the others are frozen; None for all.
@@ -102,11 +103,12 @@ def train(
             windows,
             folder,
             loss=loss,
+            masks=masks,
             settings=settings,
             validation=validation,
             observer=observer,
             before_step=before_step,
-        ).recover(masks)
+        ).recover()
     masks.check()
     found = validations(state)
     reason = settings.stops([value for _, value in found]) or "budget"
@@ -121,7 +123,7 @@ def train(
 
 def _check(
     model: nn.Module,
-    masks: FrozenMasks,
+    masks: FrozenMasks | MovingMasks,
     settings: TrainingSettings,
     length: int,
     *,
@@ -145,7 +147,7 @@ def _identity(
     model: nn.Module,
     windows: Tensor,
     loss: RecoveryLoss,
-    masks: FrozenMasks,
+    masks: FrozenMasks | MovingMasks,
     settings: TrainingSettings,
     validation: Tensor | None,
 ) -> dict[str, str]:
@@ -163,6 +165,8 @@ def _identity(
         "masks": digest_of(dict(masks.parameters())),
         "windows": digest_of({"": windows}),
     }
+    if isinstance(masks, MovingMasks):
+        found |= masks.identity
     if validation is not None:
         found["validation windows"] = digest_of({"": validation})
     if loss.teacher is not None:

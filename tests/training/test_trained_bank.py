@@ -1,13 +1,11 @@
 """Policies go through their courses on a real tiny model, and end as declared."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_trainings import LENGTH, open_bench, policy_of, write_lines
+from tiny_trainings import LENGTH, open_bench, policy_of, stopping_at, write_lines
 
 from autoprune.compression.bank import VariantBank
 from autoprune.errors import ConfigError, PolicyError
@@ -120,26 +118,6 @@ def test_what_a_one_shot_policy_shares_is_not_trained(bench: Workbench) -> None:
     before = kl(bench, plain)
     kl(bench, policy_of(bench, "wanda(sparsity=0.3)", f"one-shot + {DISTILL}"))
     assert kl(bench, plain) == before
-
-
-@contextmanager
-def stopping_at(step: int) -> Iterator[None]:
-    """Interrupt trainings at their steps, as a user does."""
-    from autoprune.training import progress
-
-    count = 0
-    original = progress.Observer.on_step_end
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == step:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress.Observer, "on_step_end", counted)
-        yield
 
 
 @pytest.mark.parametrize(
