@@ -39,7 +39,7 @@ class SetRecovery(WholeModelRecovery):
 
     def masks(self, pupil: Pupil, settings: Settings, steps: int) -> MovingMasks:
         """Move the masks of layers whose zeros may be anywhere."""
-        goals = {n: one for n, one in pupil.goals.items() if one.pattern is None}
+        goals = {n: one for n, one in pupil.weight_goals.items() if one.pattern is None}
         rule = DropAndGrow(
             steps,
             interval=settings["interval"],
@@ -80,7 +80,7 @@ class StraightThroughRecovery(WholeModelRecovery):
 
     def masks(self, pupil: Pupil, settings: Settings, steps: int) -> MovingMasks:
         """Move the masks, at their goal at once or along a ramp."""
-        goals = _some(pupil.goals, self, pupil)
+        goals = _some(pupil.weight_goals, self, pupil)
         pruned = pupil.masks.pruned
         interval = settings["interval"]
         ramp = Ramp("constant", 0.0, 1.0)
@@ -105,8 +105,8 @@ def _some(
     if goals and (made or len(goals) == len(pupil.layers)):
         return goals
     raise ConfigError(
-        f"{whose.name} {'moves' if made else 'makes'} zeros of single weights, but only "
-        f"{len(goals)} of {len(pupil.layers)} pruned layers have zeros that it may "
+        f"{whose.name} {'moves' if made else 'makes'} zeros of single weights, but "
+        f"only {len(goals)} of {len(pupil.layers)} pruned layers have some that it may "
         "place. Prune single weights, as by magnitude(sparsity=0.5), or take finetune."
     )
 

@@ -9,21 +9,16 @@ from torch import Tensor
 from autoprune.compression.method import Parameter, Settings
 from autoprune.errors import ConfigError
 from autoprune.hookspecs import hookimpl
-from autoprune.models.weights import expert_of
-from autoprune.policy import Layer
 from autoprune.training.blockwise import BlockwiseReconstruction, BlockwiseSettings
 from autoprune.training.dense import DenseParameters
-from autoprune.training.lora import LoraSettings, train_lora
 from autoprune.training.recovery import Pupil, RecoveryMethod, Told
 from autoprune.training.whole_model import (
+    GROUP_LASSO,
     OF_DENSE,
     SEED,
     TOKENS,
     TRAINING,
     WholeModelRecovery,
-    done,
-    loss_of,
-    settings_of,
 )
 
 
@@ -43,54 +38,7 @@ class Distill(WholeModelRecovery):
 
     name = "distill"
     reference = "Hinton et al. 2015, arXiv:1503.02531; Kurtic et al. 2023, 2310.06927"
-    parameters = (*TRAINING, *OF_DENSE)
-
-
-class Lora(WholeModelRecovery):
-    """Train a product of two small matrices beside each pruned weight, and merge it.
-
-    Experts and heads get none: PEFT has no adapter for them whose change keeps a mask.
-
-    The mask acts on the sum in every forward pass, so what is merged is what was
-    trained. By default the dense model's distribution is learnt, as by ``distill``.
-    """
-
-    name = "lora"
-    reference = "Hu et al. 2021, arXiv:2106.09685, Sec. 4.1"
-    parameters = (
-        *TRAINING,
-        *OF_DENSE[:-1],  # l1 would be that of the adapters
-        Parameter("rank", int, 16, "Columns of the left factor.", 1, 65536),
-        Parameter("alpha", float, 32.0, "Times 1 / rank, the product's.", 0, 1e6),
-        Parameter("dropout", float, 0.0, "Of what adapters read.", 0, 0.9),
-    )
-
-    def recover(
-        self,
-        pupil: Pupil,
-        settings: Settings,
-        *,
-        share: float,
-        folder: Path,
-        told: Told,
-    ) -> None:
-        """Train adapters of the pupil's layers, and merge them."""
-        train_lora(
-            pupil.model,
-            pupil.windows,
-            folder,
-            layers=_adapted(pupil),
-            loss=loss_of(pupil, settings),
-            masks=pupil.masks,
-            settings=settings_of(pupil, settings, share),
-            lora=LoraSettings(
-                rank=settings["rank"],
-                alpha=settings["alpha"],
-                dropout=settings["dropout"],
-            ),
-            validation=pupil.validation if settings["patience"] else None,
-            progress=lambda now: told(done(now)),
-        )
+    parameters = (*TRAINING, *OF_DENSE, GROUP_LASSO)
 
 
 class Blockwise(RecoveryMethod):
@@ -158,23 +106,7 @@ def _within(pupil: Pupil, tokens: float) -> Int[Tensor, "some length"]:
     return pupil.windows[: int(tokens // length)]
 
 
-def _adapted(pupil: Pupil) -> list[Layer]:
-    """List the layers that can have an adapter.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    found = [la for la in pupil.trainable if la.block is not None]
-    found = [layer for layer in found if expert_of(layer.name) is None]
-    if not found:
-        raise ConfigError(
-            f"none of the {len(pupil.layers)} pruned layers can have an adapter: they "
-            "are experts, or in no block. Take finetune, distill or blockwise."
-        )
-    return found
-
-
 @hookimpl
 def register_recoveries() -> list[RecoveryMethod]:
     """Register them."""
-    return [Finetune(), Distill(), Lora(), Blockwise()]
+    return [Finetune(), Distill(), Blockwise()]

@@ -36,6 +36,7 @@ from autoprune.training.as_trained import (
     put_trained,
     trained_of,
 )
+from autoprune.training.choosing import UNITS, Goal
 from autoprune.training.course import Course
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.recovery import Pupil, Told
@@ -95,6 +96,16 @@ class Carrying:
     def phases(self) -> list[Phase]:
         """What is done, in order."""
         return self.course.phases(self.actions, self.bank.actions, self._errors)
+
+    @cached_property
+    def _cut(self) -> tuple[Layer, ...]:
+        """The layers that have lost units at the end."""
+        storage = self.bank.actions.storage
+        goals = {
+            layer: Goal.of(layer, storage(layer, action))
+            for layer, action in self.phases[-1].pruning.items()
+        }
+        return tuple(la for la, goal in goals.items() if goal and goal.pattern == UNITS)
 
     def _errors(self, pruning: Pruning) -> dict[int | None, float]:
         """Tell what share of its squares each block loses under variants of dense."""
@@ -159,11 +170,10 @@ class Carrying:
         told(1.0)
         made = {}
         for layer, declared in storages.items():
-            variant = put.get(layer) or Variant(declared, mask=masks.kept(layer))
-            if variant.mask is not None:
-                variant = replace(variant, mask=masks.kept(layer))
-                check_kept(layer, variant, self.course.text)
-            made[layer] = variant
+            pruned = masks.of(layer)
+            kept = None if pruned is None else ~pruned
+            made[layer] = replace(put.get(layer, Variant(declared)), mask=kept)
+            check_kept(layer, made[layer], self.course.text)
         return made
 
     def _put(
@@ -222,6 +232,7 @@ class Carrying:
             layers=tuple(self.phases[-1].pruning),
             masks=masks,
             storages=storages,
+            cut=self._cut,
             task=self.task,
             tokenizer=self.tokenizer,
             windows=self.windows.ids[:-held],

@@ -11,9 +11,13 @@ from torch import Tensor
 from autoprune.compression.masks import kept_by_pattern, pruned_count, smallest
 from autoprune.compression.storage import BITMAP, Storage
 from autoprune.errors import ConfigError, MethodError, unknown_name
+from autoprune.policy import Layer
 
 SCOPES = ("model", "parameter")
 """Weights that compete: those of all named parameters, or those of each by itself."""
+
+UNITS = "units"
+"""Pattern of zeros that go with a channel, head or filter as a whole."""
 
 
 def prune_smallest(
@@ -72,27 +76,34 @@ class Goal:
     """How a matrix is to be pruned at the end.
 
     Attributes:
-        pruned: So many of its weights go.
-        pattern: ``N:M`` if they go in groups of M columns; None if from anywhere.
+        pruned: So many weights go, or units.
+        pattern: ``N:M`` if weights go in groups of M columns, ``units``, or None if
+            from anywhere.
     """
 
     pruned: int
     pattern: str | None = None
 
+    @classmethod
+    def of(cls, layer: Layer, storage: Storage) -> "Goal | None":
+        """Read it from what a layer is to store; None if only a method can prune so.
 
-def goal_of(storage: Storage) -> Goal | None:
-    """Read a goal from what a layer is to store; None if its zeros have fixed places.
-
-    Those of units, of tiles and of permuted columns have, and those of a layer that is
-    to store more than weights and a mask.
-    """
-    fixed = storage.units, storage.hidden, storage.bits, storage.low_rank
-    if fixed != (None, None, None, None) or storage.permuted or storage.bias:
+        That is to tiles, in permuted columns, or with more stored than weights and
+        mask.
+        """
+        more = storage.hidden, storage.bits, storage.low_rank
+        if more != (None, None, None) or storage.permuted or storage.bias:
+            return None
+        if storage.units is not None:
+            cut = layer.cut  # not that of a residual stream
+            if not cut or storage.kept * cut.units != layer.numel * storage.units:
+                return None
+            return cls(cut.units - storage.units, UNITS)
+        if storage.mask == BITMAP:
+            return cls(storage.numel - storage.kept)
+        if storage.mask is not None and ":" in storage.mask:
+            return cls(storage.numel - storage.kept, storage.mask)
         return None
-    if storage.mask is None or (storage.mask != BITMAP and ":" not in storage.mask):
-        return None
-    pattern = None if storage.mask == BITMAP else storage.mask
-    return Goal(storage.numel - storage.kept, pattern)
 
 
 def prune_towards(

@@ -1,6 +1,6 @@
 """A schedule with the recoveries between its phases, as a policy names them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -63,13 +63,7 @@ class Course:
             recovery = recoveries[step.method]
             found.append((recovery, recovery.check(dict(step.params))))
             steps.append(_plain(*found[-1]))
-        if schedule.by_recovery and not (found and found[0][0].prunes):
-            able = [name for name, one in recoveries.items() if one.prunes]
-            raise PolicyError(
-                f"in {schedule.name} the recovery prunes, found "
-                f"{found[0][0].name if found else 'none'}, which cannot. Take one of: "
-                f"{', '.join(sorted(able))}."
-            )
+        _check_who_prunes(schedule, [one for one, _ in found], recoveries)
         return cls(schedule, settings, tuple(found), text, str(Action(tuple(steps))))
 
     @property
@@ -100,6 +94,27 @@ class Course:
         pruning = {layer: action for layer, action in begun.items() if action.steps}
         outline = Outline(pruning, meaning, partial(errors, pruning))
         return self.schedule.phases(outline, self.settings)
+
+
+def _check_who_prunes(
+    schedule: Schedule,
+    found: Sequence[RecoveryMethod],
+    known: Mapping[str, RecoveryMethod],
+) -> None:
+    """See that the recovery prunes if the schedule leaves it to that, and only then."""
+    first, others = found[:1], found[1:] if schedule.by_recovery else found
+    if schedule.by_recovery and not any(one.prunes for one in first):
+        able = sorted(name for name, one in known.items() if one.prunes)
+        raise PolicyError(
+            f"in {schedule.name} the recovery prunes, found "
+            f"{first[0].name if first else 'none'}, which cannot. Take one of: "
+            f"{', '.join(able)}."
+        )
+    if wrong := [one.name for one in others if one.from_dense]:
+        raise PolicyError(
+            f"{wrong[0]} prunes a dense model, but stands where {schedule.name} has "
+            f"pruned it. Write during + {wrong[0]}(...)."
+        )
 
 
 def _plain(whose: Schedule | RecoveryMethod, settings: Settings) -> Step:

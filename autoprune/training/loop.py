@@ -29,6 +29,7 @@ from autoprune.errors import RunError
 from autoprune.training.losses import RecoveryLoss
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.moving_masks import MovingMasks
+from autoprune.training.penalties import GroupLasso
 from autoprune.training.progress import VALIDATION, Observer, validations
 from autoprune.training.resuming import (
     keep_only,
@@ -84,7 +85,7 @@ class RecoveryLoop(Trainer):
         self._measured: dict[int, float] = {}
         self._still = [module for module in model.modules() if _is_still(module)]
 
-    def recover(self) -> TrainerState:
+    def recover(self, penalty: GroupLasso | None = None) -> TrainerState:
         """Train, unless the last checkpoint is the end; give the state."""
         shutil.rmtree(self._folder / _PART, ignore_errors=True)  # of a killed process
         last = last_checkpoint(self._folder)
@@ -97,7 +98,9 @@ class RecoveryLoop(Trainer):
             self.evaluate()
             if self._is_met():
                 return self.state
-        with self._masks.held(self.create_optimizer()):
+        optimizer = self.create_optimizer()
+        pulled = penalty.held(optimizer) if penalty else nullcontext()
+        with self._masks.held(optimizer), pulled:
             self.train(resume_from_checkpoint=None if last is None else str(last))
         return self.state
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from autoprune.errors import ConfigError, ModelError, unknown_name
@@ -22,7 +22,6 @@ from autoprune.models.weights import (
     expert_of,
     parameter_of,
     read_weight,
-    view_of_layer,
 )
 from autoprune.policy import Layer
 from autoprune.training.losses import RecoveryLoss
@@ -116,7 +115,6 @@ def train_lora(
     chosen = chosen_layers(layers, lora, fixed)
     check_layers(model, chosen)
     check_loss(loss)
-    pruned = pruned_of(masks, chosen)
     with adapters_on(
         model,
         chosen,
@@ -126,7 +124,7 @@ def train_lora(
         seed=settings.seed,
     ) as adapters:
         for layer, module in adapters.layers.items():
-            module.mask(pruned.get(layer), learnt=False)
+            module.mask(masks.of(layer), learnt=False)
         found = train(
             model,
             windows,
@@ -164,19 +162,6 @@ def chosen_layers(
         f"no layer is left for an adapter: of {len(layers)} layers {len(wanted)} have "
         f"a role that gets one, and all of these are fixed. Name other roles."
     )
-
-
-def pruned_of(
-    masks: FrozenMasks, layers: Sequence[Layer]
-) -> dict[Layer, Bool[Tensor, "out in"]]:
-    """View masks as those of layers, True where a weight is pruned."""
-    known, found = dict(masks.parameters()), {}
-    for layer in layers:
-        if (mask := known.get(parameter_of(layer.name))) is not None:
-            view = view_of_layer(masks.model, layer.name, mask)
-            assert view is not None
-            found[layer] = view
-    return found
 
 
 def check_layers(model: nn.Module, layers: Sequence[Layer]) -> None:

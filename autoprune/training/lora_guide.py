@@ -1,19 +1,16 @@
 """How important weights are by their adapters, and which go. Loads PEFT."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from autoprune.compression.masks import kept_by_pattern, pruned_count, smallest
+from autoprune.compression.masks import pruned_count, smallest
 from autoprune.policy import Layer
 from autoprune.training.adapters import AdaptedLayer, Adapters
-from autoprune.training.lora_patterns import (
-    UNITS,
-    UNSTRUCTURED,
-    LoraPruneSettings,
-    by_unit,
-    structures,
-)
+from autoprune.training.choosing import UNITS, Goal, prune_towards
+from autoprune.training.lora_patterns import LoraPruneSettings, by_unit, structures
 
 
 class PruningGuide:
@@ -23,8 +20,13 @@ class PruningGuide:
     ``importance`` of weights, ``[out, in]``, or of units.
     """
 
-    def __init__(self, adapters: Adapters, settings: LoraPruneSettings) -> None:
-        self._layers, self._settings = adapters.layers, settings
+    def __init__(
+        self,
+        adapters: Adapters,
+        goals: Mapping[Layer, Goal],
+        settings: LoraPruneSettings,
+    ) -> None:
+        self._layers, self._goals, self._settings = adapters.layers, goals, settings
         for layer, module in self._layers.items():
             nothing = torch.zeros(layer.shape, device=module.frozen.device)
             module.mask(nothing.bool(), learnt=True)
@@ -42,39 +44,35 @@ class PruningGuide:
             now = self._scores(layer, importance(module))
             _known(module).mul_(decay).add_(now, alpha=1 - decay)
         if self._settings.ramp.prunes_at(step):
-            sparsity = self._settings.ramp.sparsity(step)
-            if self._settings.pattern == UNITS:
-                self._prune_units(sparsity)
-            else:
-                self._prune_weights(sparsity)
+            share = self._settings.ramp.sparsity(step)
+            self._prune_weights(share)
+            self._prune_units(share)
 
     def _scores(self, layer: Layer, each: Tensor) -> Tensor:
         """Give importance as it is remembered: of weights, or the sums of units."""
-        if self._settings.pattern != UNITS:
+        if self._goals[layer].pattern != UNITS:
             return each
         assert layer.cut is not None
         # In float64, so that equal units are equal wherever they lie.
         return by_unit(layer.cut, each.double()).sum(1)
 
-    def _prune_weights(self, sparsity: float) -> None:
+    def _prune_weights(self, share: float) -> None:
         for layer, module in self._layers.items():
-            pruned = _pruned(module)
-            scores = _known(module).masked_fill(pruned, -1.0).cpu()  # these go first
-            if self._settings.pattern != UNSTRUCTURED:
-                stays = kept_by_pattern(scores, self._settings.pattern)
-                scores.masked_fill_(stays, torch.inf)
-            count = pruned_count(layer.numel, sparsity)
-            pruned.copy_(smallest(scores.view(1, -1), count).view(layer.shape))
+            goal, pruned = self._goals[layer], _pruned(module)
+            if goal.pattern != UNITS:
+                scores = _known(module).masked_fill(pruned, -1.0)  # these go first
+                pruned.copy_(prune_towards(scores, goal, share))
 
-    def _prune_units(self, sparsity: float) -> None:
-        for parts in structures(list(self._layers)).values():
+    def _prune_units(self, share: float) -> None:
+        whole = [la for la in self._layers if self._goals[la].pattern == UNITS]
+        for parts in structures(whole).values():
             modules = [self._layers[layer] for layer in parts]
             first = parts[0].cut
             assert first is not None
             scores = torch.stack([_known(module) for module in modules]).sum(0)
             gone = by_unit(first, _pruned(modules[0])).all(1)
             scores = scores.masked_fill(gone, -1.0).cpu()
-            count = pruned_count(first.units, sparsity)
+            count = pruned_count(self._goals[parts[0]].pruned, share)
             marked = smallest(scores[None], count)[0]
             for layer, module in zip(parts, modules, strict=True):
                 assert layer.cut is not None

@@ -1,38 +1,33 @@
-"""What LoRAPrune prunes, and when: patterns, and the units of structures."""
+"""When LoRAPrune prunes, and the units of structures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from autoprune.compression.parameters import keep_of
-from autoprune.errors import ConfigError, MethodError, ModelError
+from autoprune.errors import ConfigError, ModelError
 from autoprune.sites import Cut, Layer
+from autoprune.training.choosing import UNITS, Goal
 from autoprune.training.ramps import Ramp
-
-UNSTRUCTURED, UNITS = "unstructured", "units"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraPruneSettings:
-    """What is pruned, and when.
+    """When and how weights are pruned.
 
     Attributes:
-        ramp: Sparsity at each step of the optimizer; its end is within the training.
-        pattern: ``unstructured``: weights of a layer compete; ``N:M``: N of every M
-            consecutive columns stay at the end, of which the least important go first;
-            ``units``: channels of an MLP and heads of an attention go as a whole.
+        ramp: Share of the goals at each step of the optimizer, ending at 1 within the
+            training.
         decay: How much of the importance known before stays at a step, from 0 to below
             1 (the paper's lambda).
 
     Raises:
-        ConfigError: If a setting is out of its range, or the ramp does not end at the
-            sparsity of the pattern.
+        ConfigError: If a setting is out of its range.
     """
 
-    ramp: Ramp = field(default_factory=Ramp)
-    pattern: str = UNSTRUCTURED
+    ramp: Ramp = field(default_factory=lambda: Ramp(final=1.0))
     decay: float = 0.9
 
     def __post_init__(self) -> None:
@@ -40,18 +35,9 @@ class LoraPruneSettings:
             raise ConfigError(
                 f"decay of importance is from 0 to below 1, found {self.decay}"
             )
-        if self.pattern in (UNSTRUCTURED, UNITS):
-            return
-        try:
-            keep, of = keep_of(self.pattern)
-        except MethodError as error:
+        if self.ramp.final != 1.0:
             raise ConfigError(
-                f"a pattern is {UNSTRUCTURED}, {UNITS} or N:M, found {self.pattern!r}"
-            ) from error
-        if abs(self.ramp.final - (1 - keep / of)) > 1e-9:
-            raise ConfigError(
-                f"the pattern {self.pattern} ends at sparsity {1 - keep / of}, the "
-                f"ramp at {self.ramp.final}. Give the ramp that end."
+                f"the ramp of shares of a goal ends at 1, found {self.ramp.final}"
             )
 
 
@@ -90,16 +76,26 @@ def structures(
     return found
 
 
-def check_pattern(pattern: str, layers: Sequence[Layer]) -> None:
-    """See that layers can be pruned to a pattern."""
-    if pattern == UNITS:
-        structures(layers)
-    elif pattern != UNSTRUCTURED:
-        _, of = keep_of(pattern)
-        for layer in layers:
+def check_goals(goals: Mapping[Layer, Goal]) -> None:
+    """See that layers can be pruned to their goals.
+
+    Raises:
+        ModelError: If groups do not divide a layer, or a structure is not whole or has
+            several goals.
+    """
+    units = {la: goal for la, goal in goals.items() if goal.pattern == UNITS}
+    for parts in structures(list(units)).values():
+        if len({goals[layer].pruned for layer in parts}) > 1:
+            raise ModelError(
+                f"the layers of {parts[0].name!r} and its structure are to lose "
+                "different numbers of units. Give all of them the same."
+            )
+    for layer, goal in goals.items():
+        if goal.pattern not in (None, UNITS):
+            _, of = keep_of(goal.pattern)
             if layer.shape[1] % of:
                 raise ModelError(
                     f"the layer {layer.name!r} has {layer.shape[1]} columns, which the "
-                    f"groups of {pattern} do not divide. Leave it out, or take another "
-                    "pattern."
+                    f"groups of {goal.pattern} do not divide. Leave it out, or take "
+                    "another pattern."
                 )

@@ -11,7 +11,7 @@ layer makes its full gradient for a moment. The criterion does not look at it.
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,15 +19,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from autoprune.errors import ConfigError, ModelError
-from autoprune.policy import Layer
+from autoprune.policy import Layer, digest
+from autoprune.training.choosing import Goal
 from autoprune.training.lora import (
     LoraSettings,
     check_layers,
     check_loss,
     chosen_layers,
-    pruned_of,
 )
-from autoprune.training.lora_patterns import LoraPruneSettings, check_pattern
+from autoprune.training.lora_patterns import LoraPruneSettings, check_goals
 from autoprune.training.losses import RecoveryLoss
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.progress import Progress
@@ -55,7 +55,7 @@ def prune_lora(
     windows: Int[Tensor, "windows length"],
     folder: Path,
     *,
-    layers: Sequence[Layer],
+    goals: Mapping[Layer, Goal],
     loss: RecoveryLoss,
     masks: FrozenMasks,
     settings: TrainingSettings,
@@ -76,12 +76,12 @@ def prune_lora(
         model: The model; the layers to prune have no pruned weight yet.
         windows: What to train on.
         folder: Where checkpoints lie; of this pruning only.
-        layers: Those to prune, each a whole matrix of its own; for ``units`` all layers
-            of their structures.
+        goals: How each layer is to be pruned at the end, a whole matrix of its own; for
+            ``units`` all layers of their structures.
         loss: What is minimised.
         masks: What is pruned of other layers.
         settings: How long and how fast; without a criterion to stop at.
-        pruning: What is pruned, and when.
+        pruning: When and how.
         lora: Which of the layers are pruned by their adapters, and how large these are.
         fixed: Layers that stay as they are.
         validation: Other windows, whose loss is told.
@@ -96,12 +96,12 @@ def prune_lora(
     from autoprune.training.adapters import adapters_on  # loads PEFT
     from autoprune.training.lora_guide import PruningGuide
 
-    chosen = chosen_layers(layers, lora, fixed)
+    chosen = chosen_layers(list(goals), lora, fixed)
     check_layers(model, chosen)
     check_loss(loss)
     _check_course(pruning.ramp, settings, windows.shape[1])
-    check_pattern(pruning.pattern, chosen)
-    if busy := [la for la, mask in pruned_of(masks, chosen).items() if mask.any()]:
+    check_goals({layer: goals[layer] for layer in chosen})
+    if busy := [la for la in chosen if (one := masks.of(la)) is not None and one.any()]:
         raise ModelError(
             f"the layer {busy[0].name!r} has pruned weights already ({len(busy)} of "
             f"{len(chosen)} layers have). Leave it out, or recover it by train_lora."
@@ -114,7 +114,7 @@ def prune_lora(
         dropout=lora.dropout,
         seed=settings.seed,
     ) as adapters:
-        guide = PruningGuide(adapters, pruning)
+        guide = PruningGuide(adapters, goals, pruning)
         found = train(
             model,
             windows,
@@ -124,7 +124,7 @@ def prune_lora(
             settings=settings,
             validation=validation,
             trained=adapters.trained(model),
-            depends=lora.identity() | {"pruning": json.dumps(asdict(pruning))},
+            depends=lora.identity() | _identity(goals, pruning),
             before_step=guide.before_step,
             progress=progress,
         )
@@ -134,6 +134,13 @@ def prune_lora(
             kept = guide.kept()
     made = FrozenMasks(model, kept)
     return LoraPruning(found, made)
+
+
+def _identity(
+    goals: Mapping[Layer, Goal], pruning: LoraPruneSettings
+) -> dict[str, str]:
+    each = {layer.name: asdict(goal) for layer, goal in goals.items()}
+    return {"pruning": json.dumps(asdict(pruning)), "goals": digest([each])}
 
 
 def _check_course(ramp: Ramp, settings: TrainingSettings, length: int) -> None:

@@ -106,22 +106,13 @@ class FrozenMasks:
         for name, (_, mask) in zip(self._masks, self._pairs(), strict=True):
             yield name, mask
 
-    def kept(self, layer: Layer) -> Bool[Tensor, "out in"]:
-        """Tell which weights of a layer stay.
-
-        Raises:
-            ModelError: If the layer's parameter has no mask.
-        """
+    def of(self, layer: Layer) -> Bool[Tensor, "out in"] | None:
+        """View the mask of a layer, True where a weight is pruned; None without one."""
         parameter = self.model.get_parameter(parameter_of(layer.name))
         for name, mask in self.parameters():
             if self.model.get_parameter(name) is parameter:
-                view = view_of_layer(self.model, layer.name, mask)
-                assert view is not None
-                return ~view
-        raise ModelError(
-            f"the layer {layer.name!r} has no mask. Ask for one that has weights to "
-            "hold at zero."
-        )
+                return view_of_layer(self.model, layer.name, mask)
+        return None
 
     @torch.no_grad()
     def apply(self, *, but: Collection[str] = ()) -> None:

@@ -6,22 +6,28 @@ layers that write it and a column of the one that reads it. Later the emptiest u
 cut, a count over all of them, and masks hold what they are made of at zero.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from autoprune.compression.masks import pruned_count
 from autoprune.errors import ConfigError, ModelError
+from autoprune.models.weights import parameter_of, read_weight
+from autoprune.policy import Layer, digest
 from autoprune.training.choosing import check_sparsity, prune_counts, prune_smallest
 from autoprune.training.masks import named_parameters
 
-Parts = Mapping[str, int]
-"""What units are made of: parameters by name, each with the axis that counts units."""
+Parts = Mapping[str, int] | Sequence[Layer]
+"""What units are made of: parameters by name, each with the axis that counts units.
+
+Or the layers of a structure, which know where their units lie.
+"""
 
 _TINY = 1e-30
 """Keeps the share of an empty unit a number."""
@@ -67,13 +73,21 @@ class GroupLasso:
             raise ConfigError(f"the strength of a penalty is 0 or more, not {strength}")
         self.model, self.units, self.strength = model, dict(units), strength
         for group, parts in self.units.items():
-            named = named_parameters(model, parts)
-            counts = {name: named[name].shape[axis] for name, axis in parts.items()}
+            counts = {one.name: len(one.lines()) for one in _parts(model, parts)}
             if len(set(counts.values())) != 1:
                 raise ModelError(
                     f"the parts of {group} count different numbers of units: {counts}. "
                     "Give for each parameter the axis that counts them."
                 )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """All that a training's end depends on of it, but the model."""
+        each = {
+            group: [(one.name, one.axis) for one in _parts(self.model, parts)]
+            for group, parts in self.units.items()
+        }
+        return {"penalty of units": digest([self.strength, each])}
 
     def sizes(self, *, mean: bool = False) -> dict[str, Float[Tensor, " units"]]:
         """Give the L2 norm of every unit, by group.
@@ -101,9 +115,10 @@ class GroupLasso:
         for parts in self.units.values():
             pull = rate * self.strength * self._weight(parts)
             left = (1 - pull / self._norms(parts).clamp_min(_TINY)).clamp_min(0.0)
-            for parameter, axis in self._each(parts):
-                shaped = _along(left, axis, parameter)
-                parameter.mul_(shaped).masked_fill_(shaped == 0, 0.0)  # no -0.0
+            for part in _parts(self.model, parts):
+                lines = part.lines()
+                shaped = left.view(-1, *[1] * (lines.dim() - 1))
+                lines.mul_(shaped).masked_fill_(shaped == 0, 0.0)  # no -0.0
 
     @contextmanager
     def held(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -112,7 +127,7 @@ class GroupLasso:
         Raises:
             ModelError: If it does not train the parameters of the units.
         """
-        first = next(iter(next(iter(self.units.values()))))
+        first = _parts(self.model, next(iter(self.units.values())))[0].name
         trained = self.model.get_parameter(first)
         groups = [
             group
@@ -133,22 +148,56 @@ class GroupLasso:
         finally:
             handle.remove()
 
-    def _each(self, parts: Parts) -> Iterator[tuple[nn.Parameter, int]]:
-        for name, axis in parts.items():
-            yield self.model.get_parameter(name), axis
-
     def _weight(self, parts: Parts) -> float:
         """Give the root of the number of weights in one unit."""
-        return sqrt(sum(p.numel() // p.shape[axis] for p, axis in self._each(parts)))
+        lines = [part.lines() for part in _parts(self.model, parts)]
+        return sqrt(sum(one.numel() // len(one) for one in lines))
 
     def _norms(self, parts: Parts) -> Float[Tensor, " units"]:
-        squares = [
-            parameter.detach().movedim(axis, 0).flatten(1).square().sum(1)
-            if parameter.dim() > 1
-            else parameter.detach().square()
-            for parameter, axis in self._each(parts)
-        ]
+        lines = [part.lines() for part in _parts(self.model, parts)]
+        squares = [one.square().flatten(1).sum(1) for one in lines]
         return torch.stack(squares).sum(0).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A tensor that units are part of.
+
+    Attributes:
+        name: Of the parameter.
+        values: The parameter, or the matrix of its layer.
+        axis: Along which units lie.
+        unit: Lines of that axis in one unit.
+    """
+
+    name: str
+    values: Tensor
+    axis: int
+    unit: int = 1
+
+    def lines(self) -> Shaped[Tensor, "units ..."]:
+        """View the weights of each unit, to be read and written."""
+        first = self.values.movedim(self.axis, 0)
+        found: Tensor = first.unflatten(0, (-1, self.unit))
+        return found
+
+
+def _parts(model: nn.Module, parts: Parts) -> list[_Part]:
+    """Find what units are made of."""
+    if isinstance(parts, Mapping):
+        named = named_parameters(model, parts)
+        return [_Part(name, p.detach(), parts[name]) for name, p in named.items()]
+    found = []
+    for layer in parts:
+        if layer.cut is None:
+            raise ModelError(
+                f"the layer {layer.name!r} has no units, such as channels or heads. "
+                "Leave it out."
+            )
+        axis = 0 if layer.cut.axis == "rows" else 1
+        matrix, name = read_weight(model, layer), parameter_of(layer.name)
+        found.append(_Part(name, matrix, axis, layer.cut.unit))
+    return found
 
 
 def keep_units(
@@ -185,7 +234,7 @@ def keep_units(
 
 def masks_of_units(
     model: nn.Module,
-    units: Mapping[str, Parts],
+    units: Mapping[str, Mapping[str, int]],
     kept: Mapping[str, Bool[Tensor, " units"]],
 ) -> dict[str, Bool[Tensor, "..."]]:
     """Spread kept units over what they are made of, for ``FrozenMasks``.

@@ -15,7 +15,7 @@ from autoprune.models.layers import Inventory
 from autoprune.models.task import Task
 from autoprune.models.weights import is_parameter, parameter_of
 from autoprune.policy import Layer, Value
-from autoprune.training.choosing import Goal, goal_of
+from autoprune.training.choosing import UNITS, Goal
 from autoprune.training.masks import FrozenMasks
 
 Told = Callable[[float], None]
@@ -34,6 +34,7 @@ class Pupil:
             only layers have variants.
         masks: What is pruned; of every layer that loses weights, also if none has gone.
         storages: What each of the layers is to store afterwards, its zeros above all.
+        cut: Those of them that lose units at the end of the course, such as channels.
         task: What the model is for.
         tokenizer: Its tokenizer.
         windows: What to train on.
@@ -46,6 +47,7 @@ class Pupil:
     layers: tuple[Layer, ...]
     masks: FrozenMasks
     storages: Mapping[Layer, Storage]
+    cut: tuple[Layer, ...]
     task: Task
     tokenizer: Any
     windows: Int[Tensor, "windows length"]
@@ -72,19 +74,27 @@ class Pupil:
         return tuple(la for la in self.layers if self._parameter(la) in held)
 
     @property
-    def goals(self) -> dict[str, Goal]:
-        """How parameters are to be pruned whose zeros may lie elsewhere, by their name.
+    def goals(self) -> dict[Layer, Goal]:
+        """How layers are to be pruned that training may prune, or prune elsewhere.
 
-        They are trained, one layer each, and lose weights of anywhere or of ``N:M``
-        groups.
+        They are trained, and parameters of their own.
         """
-        found = {}
-        for layer in self.trainable:
-            goal = goal_of(self.storages[layer])
-            if goal is not None and is_parameter(self.model, layer):
-                found[self._parameter(layer)] = goal
+        found = {la: Goal.of(la, self.storages[la]) for la in self.trainable}
+        return {
+            layer: goal
+            for layer, goal in found.items()
+            if goal is not None and is_parameter(self.model, layer)
+        }
+
+    @property
+    def weight_goals(self) -> dict[str, Goal]:
+        """Those of them that are of single weights, by the name of the parameter."""
         named = {p: name for name, p in self.model.named_parameters()}
-        return {named[parameter]: goal for parameter, goal in found.items()}
+        return {
+            named[self._parameter(layer)]: goal
+            for layer, goal in self.goals.items()
+            if goal.pattern != UNITS
+        }
 
     def _parameter(self, layer: Layer) -> nn.Parameter:
         return self.model.get_parameter(parameter_of(layer.name))
@@ -99,6 +109,7 @@ class RecoveryMethod(ABC):
         reference: The paper, with section or equation.
         parameters: What may be set; ``tokens`` is the budget of a whole schedule.
         prunes: True if it can prune a dense model to what layers are to store.
+        from_dense: True if it can do nothing else.
     """
 
     name: ClassVar[str]
@@ -106,6 +117,7 @@ class RecoveryMethod(ABC):
     reference: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]] = ()
     prunes: ClassVar[bool] = False
+    from_dense: ClassVar[bool] = False
 
     def check(self, params: Mapping[str, Value]) -> Settings:
         """Complete and check the parameters; a subclass may see that they fit together.

@@ -21,6 +21,7 @@ from autoprune.training.loop import RecoveryLoop
 from autoprune.training.losses import RecoveryLoss
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.moving_masks import MovingMasks
+from autoprune.training.penalties import GroupLasso
 from autoprune.training.progress import Observer, Progress, validations
 from autoprune.training.resuming import claim, digest_of
 from autoprune.training.settings import TrainingSettings
@@ -58,6 +59,7 @@ def train(
     trained: Collection[str] | None = None,
     depends: Mapping[str, str] | None = None,
     before_step: Callable[[int], None] | None = None,
+    penalty: GroupLasso | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Recovery:
     """Train a model in place, from its folder's last checkpoint on if there is one.
@@ -82,6 +84,7 @@ def train(
         before_step: Called before each step of the optimizer with the step's number,
             from 0; the gradients are there, as they are clipped. All that it remembers
             from step to step lies in buffers of the model, which checkpoints keep.
+        penalty: What pulls whole units to zero after each step.
         progress: Called after every step.
 
     Raises:
@@ -97,6 +100,8 @@ def train(
     observer = Observer(settings, length, progress)
     with in_training(model, trained):
         identity = _identity(model, windows, loss, masks, settings, validation)
+        if penalty is not None:
+            identity |= penalty.identity
         claim(folder, identity | dict(depends or {}))
         state = RecoveryLoop(
             model,
@@ -108,7 +113,7 @@ def train(
             validation=validation,
             observer=observer,
             before_step=before_step,
-        ).recover()
+        ).recover(penalty)
     masks.check()
     found = validations(state)
     reason = settings.stops([value for _, value in found]) or "budget"

@@ -7,10 +7,12 @@ from typing import ClassVar
 
 from autoprune.compression.parameters import Parameter, Settings
 from autoprune.errors import ConfigError, MethodError
-from autoprune.policy import Value
+from autoprune.policy import Layer, Value
+from autoprune.training.lora_patterns import structures
 from autoprune.training.losses import LossWeights, RecoveryLoss
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.moving_masks import MovingMasks
+from autoprune.training.penalties import GroupLasso
 from autoprune.training.progress import Progress
 from autoprune.training.recovery import Pupil, RecoveryMethod, Told
 from autoprune.training.settings import SCHEDULES, TrainingSettings
@@ -40,6 +42,15 @@ LOSSES = (
     Parameter("l1", float, 0.0, "Of the sizes of weights.", 0, 1e6),
 )
 
+GROUP_LASSO = Parameter(
+    "group_lasso",
+    float,
+    0.0,
+    "Pull of channels, heads and filters to zero, before any has gone.",
+    0,
+    1e6,
+)
+
 OF_DENSE = (
     replace(LOSSES[0], default=0.0),
     replace(LOSSES[1], default=1.0),
@@ -54,7 +65,7 @@ VALIDATIONS = 8
 class WholeModelRecovery(RecoveryMethod):
     """Trains the weights of all pruned layers together, by losses that are weighed."""
 
-    parameters: ClassVar[tuple[Parameter, ...]] = (*TRAINING, *LOSSES)
+    parameters: ClassVar[tuple[Parameter, ...]] = (*TRAINING, *LOSSES, GROUP_LASSO)
 
     def check(self, params: Mapping[str, Value]) -> Settings:
         """See that the weights of the losses fit together."""
@@ -97,8 +108,35 @@ class WholeModelRecovery(RecoveryMethod):
             settings=asked,
             validation=pupil.validation if settings["patience"] else None,
             trained=pupil.parameters,
+            penalty=_penalty(pupil, settings.get(GROUP_LASSO.name, 0.0)),
             progress=lambda now: told(done(now)),
         )
+
+
+def _penalty(pupil: Pupil, strength: float) -> GroupLasso | None:
+    """Pull at structures that are to lose units, and have lost none yet.
+
+    Raises:
+        ConfigError: If the policy removes no units.
+    """
+    if not strength:
+        return None
+    if not pupil.cut:
+        raise ConfigError(
+            f"group_lasso is {strength}, but the policy removes no channels, heads or "
+            "filters. Set it to 0, or give such an action: channels(keep=0.5)."
+        )
+    units = {
+        f"{kind} of block {block}": parts
+        for (block, kind), parts in structures(pupil.cut).items()
+        if not any(_is_pruned(pupil, layer) for layer in parts)
+    }
+    return GroupLasso(pupil.model, units, strength) if units else None
+
+
+def _is_pruned(pupil: Pupil, layer: Layer) -> bool:
+    mask = pupil.masks.of(layer)
+    return mask is not None and bool(mask.any())
 
 
 def loss_of(pupil: Pupil, settings: Settings) -> RecoveryLoss:
@@ -124,7 +162,7 @@ def settings_of(pupil: Pupil, settings: Settings, share: float) -> TrainingSetti
         accumulation=settings["accumulation"],
         clip=settings["clip"],
         mixed_precision=settings["mixed_precision"],
-        patience=settings["patience"],
+        patience=settings.get("patience"),
         seed=settings["seed"],
     )
     steps = found.steps(pupil.windows.shape[1])

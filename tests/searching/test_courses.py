@@ -2,7 +2,7 @@
 
 import optuna
 import pytest
-from autoprune_plugins.recoveries import register_recoveries
+from autoprune_plugins import adapters, recoveries
 from autoprune_plugins.schedules import register_schedules
 
 from autoprune.errors import ConfigError, MethodError, PolicyError
@@ -17,7 +17,12 @@ TEXTS = [
 
 def parse(text: str) -> Course:
     schedules = {one.name: one for one in register_schedules()}
-    return Course.parse(text, schedules, {r.name: r for r in register_recoveries()})
+    known = {
+        one.name: one
+        for plugin in (adapters, recoveries)
+        for one in plugin.register_recoveries()
+    }
+    return Course.parse(text, schedules, known)
 
 
 def test_lists_stand_for_choices() -> None:

@@ -1,14 +1,18 @@
 """A course is read from its text, and refused by name."""
 
 import pytest
-from autoprune_plugins.recoveries import register_recoveries
+from autoprune_plugins import adapters, recoveries
 from autoprune_plugins.schedules import register_schedules
 
 from autoprune.errors import AutoPruneError, MethodError, PolicyError
 from autoprune.training.course import Course
 
 SCHEDULES = {one.name: one for one in register_schedules()}
-RECOVERIES = {one.name: one for one in register_recoveries()}
+RECOVERIES = {
+    one.name: one
+    for plugin in (adapters, recoveries)
+    for one in plugin.register_recoveries()
+}
 
 
 def parse(text: str) -> Course:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from autoprune.errors import ConfigError, ModelError, RunError
 from autoprune.models.weights import read_weight
 from autoprune.policy import Layer
+from autoprune.training.choosing import UNITS, Goal
 from autoprune.training.lora import LoraSettings
 from autoprune.training.lora_patterns import (
     LoraPruneSettings,
@@ -37,19 +38,28 @@ from autoprune.training.masks import FrozenMasks
 from autoprune.training.progress import Progress
 from autoprune.training.ramps import Ramp
 
-RAMP = Ramp("cubic", final=0.5, start=1, end=4)
+RAMP = Ramp("cubic", final=1.0, start=1, end=4)
 STEPS = replace(EIGHT_STEPS, learning_rate=0.02)
 
 
+def goals(layers: list[Layer], pattern: str | None = None) -> dict[Layer, Goal]:
+    """Half of the weights of each layer, or of its units."""
+    found = {}
+    for layer in layers:
+        count = layer.cut.units if pattern == UNITS and layer.cut else layer.numel
+        found[layer] = Goal(count // 2, pattern)
+    return found
+
+
 def learn(
-    model: nn.Module, folder: Path, pattern: str = "unstructured", **changes: Any
+    model: nn.Module, folder: Path, pattern: str | None = None, **changes: Any
 ) -> LoraPruning:
     wanted: dict[str, Any] = {
-        "layers": layers_of(model),
+        "goals": goals(layers_of(model), pattern),
         "loss": TASK,
         "masks": FrozenMasks(model, {}),
         "settings": STEPS,
-        "pruning": LoraPruneSettings(ramp=RAMP, pattern=pattern),
+        "pruning": LoraPruneSettings(ramp=RAMP),
         "validation": windows(5, seed=1),
     }
     return prune_lora(model, windows(), folder, **wanted | changes)
@@ -68,15 +78,15 @@ def watching(
     return watch
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("pattern", [None, "2:4"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_counts_are_exact_at_every_step(
-    kind: str, pattern: str, tmp_path: Path
+    kind: str, pattern: str | None, tmp_path: Path
 ) -> None:
     model, seen = tiny(kind), dict[Layer, list[Tensor]]()
     layers = layers_of(model)
     found = learn(model, tmp_path, pattern, progress=watching(model, layers, seen))
-    sparsities = [RAMP.sparsity(step) for step in range(8)]
+    sparsities = [RAMP.sparsity(step) / 2 for step in range(8)]
     assert len(set(sparsities)) == 4  # 0, two on the way, and 0.5
     for layer, masks in seen.items():
         counts = [int(mask.sum()) for mask in masks]
@@ -95,7 +105,7 @@ def test_counts_are_exact_at_every_step(
 
 def test_units_go_as_a_whole(tmp_path: Path) -> None:
     model = tiny("llama")  # 48 channels, and 2 groups of 2 heads each
-    found = learn(model, tmp_path, "units")
+    found = learn(model, tmp_path, UNITS)
     for parts in structures(layers_of(model)).values():
         gone = []
         for layer in parts:
@@ -111,7 +121,7 @@ def test_units_go_as_a_whole(tmp_path: Path) -> None:
 def test_channels_of_conv1d_go_as_a_whole(tmp_path: Path) -> None:
     model = tiny("gpt2")
     layers = [layer for layer in layers_of(model) if ".mlp." in layer.name]
-    learn(model, tmp_path, "units", layers=layers)
+    learn(model, tmp_path, goals=goals(layers, UNITS))
     for block in model.transformer.h:
         gone = (block.mlp.c_fc.weight == 0).all(0)  # stored as [in, out]
         assert int(gone.sum()) * 2 == len(gone)
@@ -156,11 +166,12 @@ def test_earlier_weights_go_first_on_ties_and_memory_fades() -> None:
 
     model = tiny("llama")
     layer = layers_of(model)[0]
-    settings = LoraPruneSettings(ramp=Ramp(final=0.25, end=1), decay=0.75)
+    settings = LoraPruneSettings(ramp=Ramp(final=1.0, end=1), decay=0.75)
     with adapters_on(
         model, [layer], rank=3, alpha=6.0, dropout=0.0, seed=0
     ) as adapters:
-        guide, module = PruningGuide(adapters, settings), adapters.layers[layer]
+        guide = PruningGuide(adapters, {layer: Goal(256)}, settings)
+        module = adapters.layers[layer]
         a, b = module.factors
         a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
         b.grad[5:] = 1.0  # rows before have no importance
@@ -231,7 +242,7 @@ def test_one_that_diverges_changes_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(float("inf"))
     before = state(model)
-    ramp = Ramp("constant", final=0.5)
+    ramp = Ramp("constant", final=1.0)
     found = learn(model, tmp_path, pruning=LoraPruneSettings(ramp=ramp))
     assert (found.recovery.stopped, found.masks.pruned) == ("diverged", {})
     assert_same(state(model), before)
@@ -239,7 +250,7 @@ def test_one_that_diverges_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_belongs_to_one_pruning(tmp_path: Path) -> None:
     learn(tiny("llama"), tmp_path)
-    with pytest.raises(RunError, match="differs in pruning"):
+    with pytest.raises(RunError, match="differs in goals"):
         learn(tiny("llama"), tmp_path, "2:4")
 
 
@@ -252,13 +263,16 @@ def test_what_makes_no_sense_is_told(tmp_path: Path) -> None:
         learn(model, tmp_path, settings=replace(STEPS, tokens=4 * 4 * LENGTH))
     with pytest.raises(ConfigError, match="found target None and patience 3"):
         learn(model, tmp_path, settings=replace(STEPS, patience=3))
-    ramp = replace(RAMP, final=0.4)
     with pytest.raises(ModelError, match="q_proj' has 32 columns, .* of 3:5 do not"):
-        learn(model, tmp_path, pruning=LoraPruneSettings(ramp=ramp, pattern="3:5"))
+        learn(model, tmp_path, "3:5")
+    uneven = goals(layers_of(model), UNITS)
+    uneven[next(iter(uneven))] = Goal(0, UNITS)
+    with pytest.raises(ModelError, match="q_proj' and its structure .* different num"):
+        learn(model, tmp_path, goals=uneven)
     with pytest.raises(ModelError, match="q_proj' shares its units with layers"):
-        learn(model, tmp_path, "units", lora=LoraSettings(roles=("q_proj",)))
+        learn(model, tmp_path, UNITS, lora=LoraSettings(roles=("q_proj",)))
     with pytest.raises(ModelError, match="attn.c_attn' has no units"):
-        learn(tiny("gpt2"), tmp_path, "units")
+        learn(tiny("gpt2"), tmp_path, UNITS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,8 +280,7 @@ def test_what_makes_no_sense_is_told(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"decay": 1.0}, r"decay of importance .* found 1\.0"),
-        ({"pattern": "blocks"}, "unstructured, units or N:M, found 'blocks'"),
-        ({"pattern": "1:4"}, r"1:4 ends at sparsity 0\.75, the ramp at 0\.5"),
+        ({"ramp": Ramp(final=0.5)}, r"ramp of shares of a goal ends at 1, found 0\.5"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], told: str) -> None:

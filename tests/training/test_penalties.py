@@ -1,10 +1,18 @@
 """Penalties that empty units, and the cut that follows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny_models import tiny
+from tiny_recovery import layers_of
 from torch import nn
 
 from autoprune.errors import ConfigError, ModelError
+from autoprune.models.weights import read_weight
+from autoprune.policy import Layer
+from autoprune.sites import Cut
+from autoprune.training.lora_patterns import by_unit, structures
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.penalties import GroupLasso, keep_units, masks_of_units
 
@@ -179,3 +187,35 @@ def test_what_does_not_fit_is_told() -> None:
         GroupLasso(model, MLP, 0.1).held(other),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_layers_know_where_their_units_lie(kind: str) -> None:
+    """Channels and heads, also of transposed weights, as matrices ``[out, in]``."""
+    model = tiny(kind)
+    layers = [layer for layer in layers_of(model) if layer.cut]
+    for (_, name), parts in structures(layers).items():
+        lasso = GroupLasso(model, {name: parts}, strength=1.0)
+        before = {layer: read_weight(model, layer).clone() for layer in parts}
+        units = torch.cat([by_unit(la.cut, before[la]) for la in parts if la.cut], 1)
+        norms = units.norm(dim=1)
+        torch.testing.assert_close(lasso.sizes()[name], norms)
+        pull = 0.5 * float(norms.median()) / units.shape[1] ** 0.5
+        lasso.shrink(pull)
+        left = 1 - pull * units.shape[1] ** 0.5 / norms
+        for layer in parts:
+            assert layer.cut is not None
+            found = by_unit(layer.cut, read_weight(model, layer))
+            wanted = by_unit(layer.cut, before[layer]) * left.clamp_min(0)[:, None]
+            torch.testing.assert_close(found, wanted)
+
+
+def test_columns_of_a_convolution_are_input_channels() -> None:
+    model = convolutions()
+    cut = Cut("channels", "columns", 4, 6)
+    layer = Layer("3", (2, 24), "float32", 0, "conv", None, cut=cut, kernel=4)
+    by_layer = GroupLasso(model, {"a": [layer]}, 1.0).sizes()["a"]
+    by_axis = GroupLasso(model, {"a": {"3.weight": 1}}, 1.0).sizes()["a"]
+    torch.testing.assert_close(by_layer, by_axis)
+    with pytest.raises(ModelError, match="'3' has no units"):
+        GroupLasso(model, {"a": [replace(layer, cut=None)]}, 1.0)
