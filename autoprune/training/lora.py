@@ -115,6 +115,7 @@ def train_lora(
     chosen = chosen_layers(layers, lora, fixed)
     check_layers(model, chosen)
     check_loss(loss)
+    pruned = {layer: masks.of(layer) for layer in chosen}  # of the model's own modules
     with adapters_on(
         model,
         chosen,
@@ -124,7 +125,7 @@ def train_lora(
         seed=settings.seed,
     ) as adapters:
         for layer, module in adapters.layers.items():
-            module.mask(masks.of(layer), learnt=False)
+            module.mask(pruned[layer], learnt=False)
         found = train(
             model,
             windows,
