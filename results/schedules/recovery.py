@@ -7,6 +7,8 @@ Wanda in all blocks, solved on the inputs that its own blocks leave. Recoveries 
 ``dense-*`` trains the dense model in the same way, so that what it learns of the text
 is not taken for recovery. One thread, CPU time. Each cell is one file in ``cells/``; a
 cell that is there is not measured again. ``--show`` writes ``recovery.csv``.
+
+Cells ``moving-*`` are courses in which training also says what is pruned.
 """
 
 import argparse
@@ -56,6 +58,14 @@ RECOVERIES = {
     "blockwise": f" + blockwise(tokens={TOKENS})",
 }
 ONLY_24 = ("squarehead", "loradistill")
+
+RATE = f"tokens={TOKENS}, batch=1, learning_rate=1e-4, interval=4"
+MOVING = {
+    "24-srste": f"one-shot + sr-ste({RATE})",
+    "24-loraprune": f"during + loraprune(tokens={TOKENS}, batch=1, learning_rate=1e-3)",
+    "60-srste": f"one-shot + sr-ste({RATE})",
+    "60-rigl": f"one-shot + rigl({RATE}, fraction=0.1)",
+}
 METRICS = ("perplexity", "kl")
 RECORDS = Records(HERE / "cells")
 
@@ -70,6 +80,7 @@ def main() -> None:
     cells = [f"recovery-24-{how}" for how in RECOVERIES]
     cells += [f"recovery-60-{how}" for how in RECOVERIES if how not in ONLY_24]
     cells += ["recovery-dense-none", "recovery-dense-finetune", "recovery-dense-lora"]
+    cells += [f"moving-{case}" for case in MOVING]
     wanted = [cell for cell in cells if RECORDS.lacks(cell, asked.cells)]
     if wanted and not asked.show:
         bench = open_bench()
@@ -77,8 +88,13 @@ def main() -> None:
             bench.store = VariantStore(Path(folder) / "variants", 10**11)
             for cell in wanted:
                 tell(cell)
-                _, where, how = cell.split("-")
-                RECORDS.write(cell, measure(bench, where, how))
+                kind, where, how = cell.split("-")
+                if kind == "moving":
+                    schedule = MOVING[f"{where}-{how}"]
+                else:
+                    schedule = f"one-shot{RECOVERIES[how]}"
+                found = {"where": where, "how": how, "schedule": schedule}
+                RECORDS.write(cell, found | measure(bench, where, schedule))
     print(show())
 
 
@@ -107,29 +123,26 @@ def text_config() -> TextConfig:
     )
 
 
-def measure(bench: Workbench, where: str, how: str) -> dict[str, Any]:
+def measure(bench: Workbench, where: str, schedule: str) -> dict[str, Any]:
     """Prune, recover and judge; tell CPU seconds, pruning included."""
-    schedule = f"one-shot{RECOVERIES[how]}"
     began = time.process_time()
     if where == "dense":
-        found = train_dense(bench, schedule)
-    else:
-        policy = replace(uniform(bench, ACTIONS[where]), schedule=schedule)
-        bank, actions = own_bank(bench, policy), bench.per_layer(policy)
-        bank.make(actions.items())
-        spent = time.process_time() - began
-        zeros = {
-            layer: int((bank.get(layer, action).weight == 0).sum())
-            for layer, action in actions.items()
-            if action.steps
-        }
-        wanted = bench.storages(policy)
-        assert all(
-            count >= layer.numel - wanted[layer].kept for layer, count in zeros.items()
-        ), "a pruned weight has come back"
-        figures = bench.measure(policy, bank, "report", metrics=METRICS).metrics
-        found = {"cpu_s": spent, "zeros": sum(zeros.values()), **figures}
-    return {"where": where, "how": how, "schedule": schedule, **found}
+        return train_dense(bench, schedule)
+    policy = replace(uniform(bench, ACTIONS[where]), schedule=schedule)
+    bank, actions = own_bank(bench, policy), bench.per_layer(policy)
+    bank.make(actions.items())
+    spent = time.process_time() - began
+    zeros = {
+        layer: int((bank.get(layer, action).weight == 0).sum())
+        for layer, action in actions.items()
+        if action.steps
+    }
+    wanted = bench.storages(policy)
+    assert all(
+        count >= layer.numel - wanted[layer].kept for layer, count in zeros.items()
+    ), "a pruned weight has come back"
+    figures = bench.measure(policy, bank, "report", metrics=METRICS).metrics
+    return {"cpu_s": spent, "zeros": sum(zeros.values()), **figures}
 
 
 def train_dense(bench: Workbench, schedule: str) -> dict[str, Any]:
@@ -147,6 +160,8 @@ def train_dense(bench: Workbench, schedule: str) -> dict[str, Any]:
         inventory=bench.inventory,
         layers=layers,
         masks=FrozenMasks(pupil_model, {}),
+        storages={},
+        cut=(),
         task=bench.task,
         tokenizer=bench.tokenizer,
         windows=windows[:-HELD],
@@ -178,7 +193,8 @@ def uniform(bench: Workbench, text: str) -> Policy:
 
 def show() -> str:
     """Write the table of the cells that are there."""
-    rows = [_row(cell) for cell in RECORDS.read("recovery-*").values()]
+    cells = RECORDS.read("recovery-*") | RECORDS.read("moving-*")
+    rows = [_row(cell) for cell in cells.values()]
     if not rows:
         return "no cell is there"
     known = {(row["where"], row["how"]): row for row in rows}
