@@ -16,6 +16,7 @@ from autoprune.training.whole_model import (
     OF_DENSE,
     TRAINING,
     WholeModelRecovery,
+    check_end,
     done,
     loss_of,
     settings_of,
@@ -54,18 +55,20 @@ class Lora(WholeModelRecovery):
         told: Told,
     ) -> None:
         """Train adapters of the pupil's layers, and merge them."""
-        train_lora(
+        asked = settings_of(pupil, settings, share)
+        found = train_lora(
             pupil.model,
             pupil.windows,
             folder,
             layers=_adapted(pupil),
             loss=loss_of(pupil, settings),
             masks=pupil.masks,
-            settings=settings_of(pupil, settings, share),
+            settings=asked,
             lora=_lora(settings),
             validation=pupil.validation if settings["patience"] else None,
             progress=lambda now: told(done(now)),
         )
+        check_end(found, asked)
 
 
 class LoraPrune(WholeModelRecovery):
@@ -121,11 +124,7 @@ class LoraPrune(WholeModelRecovery):
             lora=_lora(settings),
             progress=lambda now: told(done(now)),
         )
-        if found.recovery.stopped == "diverged":
-            raise ConfigError(
-                f"the training diverged, so that nothing is pruned, at learning rate "
-                f"{settings['learning_rate']}. Lower it."
-            )
+        check_end(found.recovery, asked)
         pupil.masks.replace(dict(found.masks.parameters()))
 
 

@@ -16,7 +16,7 @@ from autoprune.training.penalties import GroupLasso
 from autoprune.training.progress import Progress
 from autoprune.training.recovery import Pupil, RecoveryMethod, Told
 from autoprune.training.settings import SCHEDULES, TrainingSettings
-from autoprune.training.trainer import train
+from autoprune.training.trainer import Recovery, train
 
 TOKENS = Parameter(
     "tokens", int, None, "Tokens to train on in all.", 1, 10**15, required=True
@@ -99,7 +99,7 @@ class WholeModelRecovery(RecoveryMethod):
     ) -> None:
         """Train the weights of the pupil's layers, with the masks held."""
         asked = settings_of(pupil, settings, share)
-        train(
+        found = train(
             pupil.model,
             pupil.windows,
             folder,
@@ -110,6 +110,20 @@ class WholeModelRecovery(RecoveryMethod):
             trained=pupil.parameters,
             penalty=_penalty(pupil, settings.get(GROUP_LASSO.name, 0.0)),
             progress=lambda now: told(done(now)),
+        )
+        check_end(found, asked)
+
+
+def check_end(found: Recovery, settings: TrainingSettings) -> None:
+    """See that a training has not diverged.
+
+    Raises:
+        ConfigError: If it has; names the step.
+    """
+    if found.stopped == "diverged":
+        raise ConfigError(
+            f"the training diverged: at step {found.steps} the loss was not finite. "
+            f"Lower the learning rate, {settings.learning_rate}, or raise warmup."
         )
 
 

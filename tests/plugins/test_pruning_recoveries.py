@@ -113,6 +113,13 @@ def test_who_prunes_is_checked(bench: Workbench) -> None:
     wrong = "late + distill(tokens=2048, group_lasso=0.1)"
     with pytest.raises(ConfigError, match="but the policy removes no channels, heads"):
         variants(bench, policy_of(bench, "magnitude(sparsity=0.5)", wrong))
-    wild = f"{LORAPRUNE}, clip=0, hidden=1000000, alpha=1000000)".replace("0.01", "0.9")
-    with pytest.raises(ConfigError, match="training diverged, .* at learning rate 0.9"):
-        variants(bench, units(bench, wild))
+
+
+@pytest.mark.parametrize("recovery", ["loraprune", "lora"])
+def test_a_training_that_diverges_is_no_result(bench: Workbench, recovery: str) -> None:
+    wild = "tokens=1024, learning_rate=0.9, clip=0, hidden=1000000"
+    wild += ", rank=4, alpha=1000000"
+    schedule = "during" if recovery == "loraprune" else "late"
+    policy = units(bench, f"{schedule} + {recovery}({wild})")
+    with pytest.raises(ConfigError, match="phase 1 of .* diverged: at step . the loss"):
+        variants(bench, policy)
