@@ -44,6 +44,7 @@ class Lora(WholeModelRecovery):
     name = "lora"
     reference = "Hu et al. 2021, arXiv:2106.09685, Sec. 4.1"
     parameters = (*TRAINING, *_LOSSES, *_ADAPTERS)
+    checkpoint_bytes = 0.0  # adapters are small
 
     def recover(
         self,
@@ -82,6 +83,7 @@ class LoraPrune(WholeModelRecovery):
     reference = "Zhang et al. 2023, arXiv:2305.18403, Sec. 3"
     prunes = True
     from_dense = True
+    checkpoint_bytes = 10.0  # importance and mask of each weight, twice
     parameters = (
         *(one for one in TRAINING if one.name != "patience"),
         *_LOSSES,

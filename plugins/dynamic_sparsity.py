@@ -29,6 +29,7 @@ class SetRecovery(WholeModelRecovery):
     name = "set"
     reference = "Mocanu et al. 2018, arXiv:1707.04780, Alg. 1"
     growth: ClassVar[str] = "random"
+    checkpoint_bytes = 26.0  # a mask more, also twice
     parameters = (
         *TRAINING,
         *OF_DENSE,
@@ -68,6 +69,7 @@ class StraightThroughRecovery(WholeModelRecovery):
     name = "sr-ste"
     reference = "Zhou et al. 2021, arXiv:2102.04010, Eq. 9"
     prunes = True
+    checkpoint_bytes = 34.0  # a shadow and a mask more, also twice
     parameters = (
         *TRAINING,
         *OF_DENSE,

@@ -40,7 +40,11 @@ from autoprune.training.choosing import UNITS, Goal
 from autoprune.training.course import Course
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.recovery import Pupil, Told
+from autoprune.training.resuming import check_room
 from autoprune.training.schedule import Phase, Pruning
+
+KEPT_BYTES = 5.0
+"""What is kept of each recovery that has ended, a weight: it in float32, and a mask."""
 
 HELD_OUT = 8
 """One window of so many judges, where a recovery judges itself."""
@@ -82,6 +86,7 @@ class Carrying:
         Raises:
             ConfigError: If there is a recovery, but nothing that it could train, or
                 too little text.
+            RunError: If the disk has no room for checkpoints.
         """
         self._check()
         student = self._copy()
@@ -133,6 +138,11 @@ class Carrying:
                 f"a recovery trains on some windows and is judged by others, found "
                 f"{len(self.windows.ids)}. Give more in text.recovery."
             )
+        weights = sum(layer.numel for layer in self.phases[-1].pruning)
+        recoveries = [recovery for recovery, _ in self.course.recoveries]
+        largest = max(recovery.checkpoint_bytes for recovery in recoveries)
+        kept = KEPT_BYTES * len(self.phases) * len(recoveries)
+        check_room(self.folder, weights * (largest + kept))
 
     def _copy(self) -> nn.Module:
         """Copy the dense model, float32, with weights as exact as they are stored."""

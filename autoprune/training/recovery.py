@@ -110,6 +110,8 @@ class RecoveryMethod(ABC):
         parameters: What may be set; ``tokens`` is the budget of a whole schedule.
         prunes: True if it can prune a dense model to what layers are to store.
         from_dense: True if it can do nothing else.
+        checkpoint_bytes: What its checkpoints take on disk at most, in bytes a weight
+            of the layers it trains.
     """
 
     name: ClassVar[str]
@@ -118,6 +120,7 @@ class RecoveryMethod(ABC):
     parameters: ClassVar[tuple[Parameter, ...]] = ()
     prunes: ClassVar[bool] = False
     from_dense: ClassVar[bool] = False
+    checkpoint_bytes: ClassVar[float] = 0.0
 
     def check(self, params: Mapping[str, Value]) -> Settings:
         """Complete and check the parameters; a subclass may see that they fit together.

@@ -58,6 +58,26 @@ def claim(folder: Path, identity: Mapping[str, str]) -> None:
         )
 
 
+def check_room(place: Path, needed: float) -> None:
+    """See that a disk has room for what a training writes.
+
+    Args:
+        place: A folder, which may be made later.
+        needed: Bytes.
+
+    Raises:
+        RunError: If not.
+    """
+    there = next(path for path in (place, *place.parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise RunError(
+            f"checkpoints of the training take up to {needed / 1e9:.2f} GB, and "
+            f"{there} has {free / 1e9:.2f} GB free. Free space, or set AUTOPRUNE_CACHE "
+            "to a folder on another disk."
+        )
+
+
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Give one short text for named tensors, which changes with every bit of them."""
     found = hashlib.sha256()

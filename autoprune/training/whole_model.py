@@ -66,6 +66,7 @@ class WholeModelRecovery(RecoveryMethod):
     """Trains the weights of all pruned layers together, by losses that are weighed."""
 
     parameters: ClassVar[tuple[Parameter, ...]] = (*TRAINING, *LOSSES, GROUP_LASSO)
+    checkpoint_bytes = 24.0  # weight and two moments, twice while one replaces another
 
     def check(self, params: Mapping[str, Value]) -> Settings:
         """See that the weights of the losses fit together."""

@@ -1,5 +1,6 @@
 """Policies go through their courses on a real tiny model, and end as declared."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from tiny_trainings import LENGTH, open_bench, policy_of, stopping_at, write_lines
 
 from autoprune.compression.bank import VariantBank
-from autoprune.errors import ConfigError, PolicyError
+from autoprune.errors import ConfigError, PolicyError, RunError
 from autoprune.evaluation.scheduled import own_bank, trained_bank
 from autoprune.evaluation.workbench import Workbench
 from autoprune.models.layers import read_weight
@@ -190,6 +191,23 @@ def test_bad_courses_are_refused_by_name(bench: Workbench) -> None:
         bank = trained_bank(bench, policy)
         other = policy_of(bench, "wanda(sparsity=0.5)", trained)
         bench.measure(other, bank, "report")
+
+
+def test_a_full_disk_is_told_before_a_training(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(bench.store.folder)
+    policy = policy_of(bench, PATTERN, "late + distill(tokens=2048, seed=8)")
+    weights = sum(layer.numel for layer in bench.layers if layer.block is not None)
+    for free, fits in ((34 * weights - 1, False), (34 * weights, True)):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
+        )
+        if fits:
+            kl(bench, policy)
+        else:
+            with pytest.raises(RunError, match="checkpoints of the training take up"):
+                kl(bench, policy)
 
 
 def test_a_course_needs_text_of_its_own(
