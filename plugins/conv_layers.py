@@ -2,7 +2,8 @@
 
 A convolution multiplies its weight, seen as ``[out, in * height * width]``, with the
 patches that it slides over. So it is one more matrix, whose tokens are patches, and
-every method that prunes or quantizes matrices does it to convolutions as well.
+every method that prunes or quantizes matrices does it to convolutions as well. Filters
+that went as a whole can be taken out of the module itself.
 """
 
 from collections.abc import Sequence
@@ -10,17 +11,17 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.hookspecs import hookimpl
 from autoprune.models.architecture import StreamRule
-from autoprune.models.kinds import LayerKind
+from autoprune.models.kinds import LayerKind, NarrowingKind
 from autoprune.models.layers import Architecture, SiteRule, StructureRule
 
 
-class Convolution(LayerKind):
+class Convolution(NarrowingKind):
     """``nn.Conv2d``: one row a filter, one column a place of a kernel.
 
     The kernel of one input channel is so many columns side by side.
@@ -71,6 +72,56 @@ class Convolution(LayerKind):
         if not module.weight.is_contiguous():
             return "its weight is not stored filter by filter (channels last)"
         return None
+
+    def narrow(
+        self,
+        model: nn.Module,
+        name: str,
+        *,
+        rows: Int[Tensor, " rows"] | None = None,
+        channels: Int[Tensor, " channels"] | None = None,
+    ) -> None:
+        """Keep some filters, with their part of the batch norm, and some channels.
+
+        A norm makes a constant of a filter of zeros. It goes with the filter, so that
+        this is exact only where whoever reads the channel goes as well.
+        """
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Conv2d)
+        if channels is not None:
+            module.in_channels = len(channels)
+            _keep(module.weight, channels, 1)
+        if rows is not None:
+            norms = _norms_behind(model, name)
+            for part in (module, *norms):
+                for tensor in (*part.parameters(), *part.buffers()):
+                    _keep(tensor, rows, 0)
+            module.out_channels = len(rows)
+            for norm in norms:
+                norm.num_features = len(rows)
+
+    def added_to(self, model: nn.Module, name: str) -> tuple[str, ...]:
+        """Name a ResNet's shortcut, which is added to the last layer of its block."""
+        block, _, place = name.rpartition(".layer.")
+        owner: Any = model.get_submodule(block)
+        alone = isinstance(getattr(owner, "shortcut", nn.Identity()), nn.Identity)
+        if alone or place != f"{len(owner.layer) - 1}.convolution":
+            return ()
+        return (f"{block}.shortcut.convolution",)
+
+
+def _keep(tensor: Tensor, lines: Int[Tensor, " kept"], axis: int) -> None:
+    """Keep some lines of a tensor, if it has any: a counter has none."""
+    if tensor.dim():
+        tensor.data = tensor.data.index_select(axis, lines.to(tensor.device))
+
+
+def _norms_behind(model: nn.Module, name: str) -> list[nn.BatchNorm2d]:
+    """Find the batch norm that comes next after a convolution, if one does."""
+    module = model.get_submodule(name)
+    beside = pairwise(model.get_submodule(name.rpartition(".")[0]).children())
+    behind = [after for one, after in beside if one is module]
+    return [norm for norm in behind if isinstance(norm, nn.BatchNorm2d)]
 
 
 _BLOCKS = "resnet.encoder.stages.*.layers.*"

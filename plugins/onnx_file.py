@@ -1,7 +1,7 @@
-"""The target ``onnx``: a graph for ONNX Runtime that gives logits; secondary.
+"""The target ``onnx``: a graph for ONNX Runtime that gives logits of images or tokens.
 
-It has no cache of keys and values, so it is no way to serve a language model: it is for
-runtimes that read nothing else, and for scoring texts.
+It has no cache of keys and values, so it is no way to serve a language model: there it
+is for runtimes that read nothing else, and for scoring texts.
 """
 
 import hashlib
@@ -16,10 +16,11 @@ from transformers import AutoConfig
 from autoprune.compression.permuting import refuse_permuting
 from autoprune.compression.storage import Part, Storage
 from autoprune.errors import ExportError
-from autoprune.exporting.cutting import Cutter, kept_units
+from autoprune.exporting.cutting import Cutter
 from autoprune.exporting.exporter import Bounds, Digests, Exporter, ExportJob
 from autoprune.exporting.folding import fold
 from autoprune.exporting.marker import MARKER, read_marker, write_marker
+from autoprune.exporting.narrowing import cutter_for
 from autoprune.hookspecs import hookimpl
 from autoprune.models.biases import put_bias
 from autoprune.models.checkpoints import load_model
@@ -27,10 +28,27 @@ from autoprune.models.layers import Inventory, write_weight
 from autoprune.models.loading import first_line
 from autoprune.models.task import output_layer
 from autoprune.policy import Layer
-from autoprune.targets.onnx_graph import GRAPH, PACKAGES, WEIGHTS, write_graph
+from autoprune.targets.onnx_graph import (
+    GRAPH,
+    PACKAGES,
+    WEIGHTS,
+    is_weight,
+    write_graph,
+)
+from autoprune.targets.onnx_inputs import IMAGES, TOKENS, input_of
 from autoprune.targets.onnx_session import OnnxModel
 
-AUTO_CLASS = "AutoModelForCausalLM"
+INPUTS = {
+    "AutoModelForCausalLM": TOKENS,
+    "AutoModelForImageClassification": IMAGES,
+}
+"""What the models of the classes that are written read."""
+
+GIVES = {
+    TOKENS: "secondary: logits of whole sequences, without a cache or a mask",
+    IMAGES: "logits of images of any size that the model takes",
+}
+"""What a graph gives that reads this."""
 
 AGREEMENT = 1e-3
 """Largest difference of the graph's logits, over the largest logit, in float32.
@@ -53,26 +71,40 @@ class OnnxFile(Exporter):
     each. The size is that of ``model.onnx.data``, which holds the weights and nothing
     else; the graph beside it is not counted, as a configuration is not. Whole blocks,
     channels and heads go where all blocks keep equally many, as in the target
-    ``transformers``. The model is held in memory while it is traced.
+    ``transformers``; filters of a convolutional network and channels of its streams go
+    wherever they are, as a graph has no widths but its weights'. The model is held in
+    memory while it is traced.
 
     Args:
         cutter: What can be left out of the model, if one is known.
         layers: The model's layers.
+        reads: What the model reads.
     """
 
     name = "onnx"
-    stores = "every weight in float32, but no whole blocks, channels or heads removed"
-    loads_in = "ONNX Runtime: logits of whole sequences without a cache (secondary)"
+    stores = (
+        "every weight in float32, but no whole blocks, channels, heads or filters "
+        "removed"
+    )
+    loads_in = (
+        "ONNX Runtime: logits of images, or of whole sequences without a cache "
+        "(secondary)"
+    )
 
     def __init__(
-        self, cutter: Cutter | None = None, layers: tuple[Layer, ...] = ()
+        self,
+        cutter: Cutter | None = None,
+        layers: tuple[Layer, ...] = (),
+        reads: str = TOKENS,
     ) -> None:
         self._cutter = cutter
         self._layers = layers
+        self._reads = reads
 
     def for_model(self, model: Any, inventory: Inventory) -> "OnnxFile":
         """Find out what can be left out of the model."""
-        return OnnxFile(Cutter(model, inventory), inventory.layers)
+        cutter = cutter_for(model, inventory)
+        return OnnxFile(cutter, inventory.layers, model.main_input_name)
 
     def refuses(self, layer: Layer, storage: Storage) -> str | None:
         """Say why a layer so stored cannot be written, or None."""
@@ -90,9 +122,11 @@ class OnnxFile(Exporter):
 
     def tensors(self, layer: Layer, storage: Storage) -> dict[str, Part]:
         """Name what a layer has, in float32."""
-        parts = {f"{layer.name}.weight": Part(_FLOAT, storage.shape)}
-        if storage.bias and self._cutter:
-            switches = self._cutter.switches
+        cutter = self._cutter
+        shape = cutter.own_shape(layer, storage) if cutter else storage.shape
+        parts = {f"{layer.name}.weight": Part(_FLOAT, shape)}
+        if storage.bias and cutter:
+            switches = cutter.switches
             added = switches.added(switches.needed([layer]))
             parts |= {n: Part(_FLOAT, tuple(t.shape)) for n, t in added.items()}
         return parts
@@ -102,18 +136,23 @@ class OnnxFile(Exporter):
         return {}
 
     def layer_bytes(self, layer: Layer, storage: Storage) -> int:
-        """Price a layer: all actions alike, but for biases."""
+        """Price a layer: all actions alike, but for biases and what is gone alone."""
         return sum(part.nbytes for part in self.tensors(layer, storage).values())
 
     def size_bytes(
         self, storages: Mapping[Layer, Storage], untouched: Mapping[str, Part]
     ) -> int:
-        """Tell the size of the file of weights; of parts, as if nothing were cut."""
+        """Tell the size of the file of weights; of parts, the sum of their prices."""
         if self._cutter is None or any(la not in storages for la in self._layers):
-            rest = sum(Part(_FLOAT, part.shape).nbytes for part in untouched.values())
+            rest = sum(
+                Part(_FLOAT, part.shape).nbytes
+                for part in untouched.values()
+                if is_weight(getattr(torch, part.dtype))
+            )
             return rest + sum(self.layer_bytes(la, s) for la, s in storages.items())
         _, state = self._cutter.empty(self._cutter.decide(storages)[0])
-        return sum(Part(_FLOAT, tuple(t.shape)).nbytes for t in state.values())
+        weights = (tensor for tensor in state.values() if is_weight(tensor.dtype))
+        return sum(Part(_FLOAT, tuple(one.shape)).nbytes for one in weights)
 
     def written_bytes(self, folder: Path) -> int:
         """Give the size of the file of weights, without the graph."""
@@ -126,18 +165,17 @@ class OnnxFile(Exporter):
     def notes(self, storages: Mapping[Layer, Storage]) -> list[str]:
         """Tell what is left out, and what the graph cannot do."""
         told = self._cutter.decide(storages)[1] if self._cutter else []
-        return [
-            *told,
-            "secondary: logits of whole sequences, without a cache or a mask; weights "
-            "in float32; the size does not count the graph",
-        ]
+        gives = GIVES.get(self._reads, "logits")
+        known = "weights in float32; the size does not count the graph"
+        return [*told, f"{gives}; {known}"]
 
     def usage(self, folder: str, auto_class: str) -> str:
         """Give the lines that run it in ONNX Runtime."""
+        name = INPUTS.get(auto_class, TOKENS)
         return (
             "import onnxruntime\n\n"
             f'session = onnxruntime.InferenceSession("{folder}/{GRAPH}")\n'
-            'logits = session.run(["logits"], {"input_ids": ids})[0]'
+            f'logits = session.run(["logits"], {{"{name}": {name}}})[0]'
         )
 
     def write(self, folder: Path, job: ExportJob) -> Digests:
@@ -153,10 +191,10 @@ class OnnxFile(Exporter):
         for layer, storage in job.storages.items():
             if reason := self.refuses(layer, storage):
                 raise ExportError(f"the target onnx cannot hold {layer.name}: {reason}")
-        if job.auto_class != AUTO_CLASS:
+        if job.auto_class not in INPUTS:
             raise ExportError(
-                f"the target onnx writes causal language models, not {job.auto_class}. "
-                "Export it as transformers"
+                "the target onnx writes causal language models and classifiers of "
+                f"images, not {job.auto_class}. Export it as transformers"
             )
         model = _compressed(job, self._cutter)
         starts = write_graph(model, folder)
@@ -208,13 +246,13 @@ class OnnxFile(Exporter):
 def _compressed(job: ExportJob, cutter: Cutter | None) -> Any:
     """Give the model with the policy on it, cut, in float32."""
     model: Any = load_model(job.checkpoint, job.auto_class)
-    cutter = cutter or Cutter(model, job.inventory)
+    cutter = cutter or cutter_for(model, job.inventory)
     kept, orders = {}, {}
     for layer in job.inventory.layers:
         variant = job.variant(layer)
         write_weight(model, layer, variant.weight)
         put_bias(model, layer, variant.bias)
-        kept[layer] = kept_units(layer, variant)
+        kept[layer] = cutter.kept(layer, variant)
         if variant.order is not None:
             orders[layer] = variant.order
     fold(model, job.inventory, orders)
@@ -227,16 +265,16 @@ def _compressed(job: ExportJob, cutter: Cutter | None) -> Any:
 
 
 def _check_agreement(model: Any, loaded: Any) -> None:
-    """Hold that the graph gives the logits of the model, on sequences of two lengths.
+    """Hold that the graph gives the logits of the model, on inputs of two sizes.
 
     Raises:
         ExportError: If it does not.
     """
-    words = model.get_input_embeddings().weight.shape[0]
-    for batch, length in ((1, 7), (3, 12)):
-        ids = torch.arange(batch * length).view(batch, length) * 7 % words
+    given = input_of(model)
+    for values in given.checks:
+        inputs = {given.name: values, **given.fixed}
         with torch.inference_mode():
-            expected, found = model(ids).logits, loaded(ids).logits
+            expected, found = model(**inputs).logits, loaded(values).logits
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference <= AGREEMENT:
             raise ExportError(

@@ -13,6 +13,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from autoprune.config import TextConfig
 from autoprune.evaluation.workbench import Workbench
 from autoprune.plugins import Plugins
+from autoprune.policy import Action, Policy
 
 SMALL: dict[str, Any] = {
     "num_channels": 1,
@@ -81,6 +82,13 @@ def write_images(file: Path, count: int) -> str:
 def reader() -> PixelReader:
     """Give what reads the images of the tiny checkpoints."""
     return PixelReader((0.5,), (0.25,), (16, 16), PREPROCESSOR)
+
+
+def policy_on(bench: Workbench, kind: str, text: str) -> Policy:
+    """Put an action on all sites of a kind; what they leave stays dense."""
+    names = {group.name for group in bench.inventory.groups if group.kind == kind}
+    action, sites = Action.parse(text), bench.inventory.sites_for(names)
+    return Policy({s.name: action if s.name in names else Action() for s in sites})
 
 
 def bench_of(

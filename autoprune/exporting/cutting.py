@@ -31,7 +31,8 @@ from autoprune.models.loading import first_line
 from autoprune.policy import Layer, Site
 
 _KINDS = ("channels", "heads")
-_STAY = "stay as zeros of full size"
+STAY = "stay as zeros of full size"
+"""What is told of zeros that cannot be left out."""
 
 
 class Cutter:
@@ -52,10 +53,7 @@ class Cutter:
         self._inventory = inventory
         self._passing = passing_blocks(model, inventory)
         self._model = skeleton(model, deepcopy(model.config))
-        self._state = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for name, (dtype, shape) in everything(model).items()
-        }
+        self._state = stored_tensors(model)
         self.stored = tuple(self._state)
         self.switches = BiasSwitches(self._model, inventory)
         self._misfits: dict[Remains, str | None] = {}
@@ -93,12 +91,12 @@ class Cutter:
             what = f"{kind}: {min(counts)} of {min(full)} stay in every block"
             if len(counts) > 1 or len(full) > 1:
                 span = f"{min(counts)} to {max(counts)} of {max(full)}"
-                notes.append(f"{kind} {_STAY}: blocks keep {span}, not equally many")
+                notes.append(f"{kind} {STAY}: blocks keep {span}, not equally many")
                 continue
             wanted = replace(remains, units=(*remains.units, (kind, min(counts))))
             why = self._misfit(wanted)
             remains = remains if why else wanted
-            notes.append(f"{kind} {_STAY}: {why}" if why else f"cut {what}")
+            notes.append(f"{kind} {STAY}: {why}" if why else f"cut {what}")
         return remains, notes
 
     def empty(self, remains: Remains) -> tuple[Any, dict[str, Tensor]]:
@@ -112,13 +110,21 @@ class Cutter:
         state = self.shrunk(self._with_biases(self._state, remains), remains, first)
         return skeleton(self._model, config), state
 
+    def own_shape(self, layer: Layer, storage: Storage) -> tuple[int, int]:
+        """Give the shape of a layer as far as it does not depend on other layers."""
+        return storage.shape
+
+    def kept(self, layer: Layer, variant: Variant) -> Units:
+        """Find the units that a variant keeps; none if it keeps no whole ones."""
+        return kept_units(layer, variant)
+
     def cut(self, model: Any, remains: Remains, kept: Mapping[Layer, Units]) -> Any:
         """Give the smaller model.
 
         Args:
             model: The model, with the policy on it.
             remains: What stays, from ``decide``.
-            kept: The units of every layer that ``kept_units`` has found some in.
+            kept: The units of every layer, as ``kept`` finds them.
 
         Raises:
             ExportError: If the layers of a structure do not keep the same units.
@@ -187,9 +193,9 @@ class Cutter:
             return remains, []
         directions, state = found.pop(), self._inventory.hidden
         if found or directions is None or state is None:
-            return remains, [f"directions {_STAY}: layers do not keep the same"]
+            return remains, [f"directions {STAY}: layers do not keep the same"]
         if why := self.narrow_misfit(directions):
-            return remains, [f"directions {_STAY}: {why}"]
+            return remains, [f"directions {STAY}: {why}"]
         note = f"cut the hidden state: {directions} of {state.width} directions stay"
         return replace(remains, units=(*remains.units, (HIDDEN, directions))), [note]
 
@@ -208,15 +214,15 @@ class Cutter:
         notes: list[str] = []
         if held := [block for block in empty if block not in self._passing]:
             reason = "it still adds a bias, or norms what passes it"
-            notes.append(f"dropped blocks {_numbers(held)} {_STAY}: {reason}")
+            notes.append(f"dropped blocks {numbers(held)} {STAY}: {reason}")
         if not (gone := [block for block in empty if block in self._passing]):
             return self.whole, notes
         wanted = Remains(tuple(b for b in self.whole.blocks if b not in gone))
         why = self._misfit(wanted) if wanted.blocks else "no block would be left"
-        numbers = f"{_numbers(gone)} of {len(self.whole.blocks)}"
+        which = f"{numbers(gone)} of {len(self.whole.blocks)}"
         if why:
-            return self.whole, [*notes, f"dropped blocks {numbers} {_STAY}: {why}"]
-        return wanted, [*notes, f"left out blocks {numbers}, counted from 0"]
+            return self.whole, [*notes, f"dropped blocks {which} {STAY}: {why}"]
+        return wanted, [*notes, f"left out blocks {which}, counted from 0"]
 
     def _cut_layers(self, remains: Remains) -> Iterator[tuple[Layer, int]]:
         """Give the layers that are cut, each with the number of units that stay."""
@@ -253,6 +259,14 @@ def kept_units(layer: Layer, variant: Variant) -> Units:
     return lines.view(cut.units, cut.unit).any(1).nonzero().flatten()
 
 
+def stored_tensors(model: Any) -> dict[str, Tensor]:
+    """Give what a checkpoint of a model stores, by name, without memory."""
+    return {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        for name, (dtype, shape) in everything(model).items()
+    }
+
+
 def _full(group: Site) -> int:
     cut = group.layers[0].cut
     assert cut is not None, group.name
@@ -267,7 +281,8 @@ def _units(group: Site, storages: Mapping[Layer, Storage]) -> int:
     return full if len(found) > 1 or factors else found.pop() or full
 
 
-def _numbers(blocks: list[int]) -> str:
+def numbers(blocks: list[int]) -> str:
+    """Name some blocks."""
     return ", ".join(map(str, blocks))
 
 

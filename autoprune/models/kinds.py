@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import ClassVar
 
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -61,6 +61,41 @@ class LayerKind(ABC):
     def refuses(self, module: nn.Module) -> str | None:
         """Say why a module of these classes is no layer after all, or None."""
         return None
+
+
+class NarrowingKind(LayerKind):
+    """A kind whose modules can be made narrower where they stand, each by itself.
+
+    So a model gets widths that no setting of its class has a name for.
+    """
+
+    @abstractmethod
+    def narrow(
+        self,
+        model: nn.Module,
+        name: str,
+        *,
+        rows: Int[Tensor, " rows"] | None = None,
+        channels: Int[Tensor, " channels"] | None = None,
+    ) -> None:
+        """Keep only some rows and input channels of a layer, as they are named.
+
+        A norm that stands behind the layer, with numbers of its own for each row, keeps
+        the same ones.
+
+        Args:
+            model: The model; changed. Its tensors may be without memory.
+            name: Path of the layer's module.
+            rows: Indices of the rows that stay; None for all.
+            channels: Indices of the input channels that stay; None for all.
+        """
+
+    def added_to(self, model: nn.Module, name: str) -> tuple[str, ...]:
+        """Name the layers whose outputs are added to those of a layer, row by row.
+
+        Rows of them go together, whatever they hold: nobody can read one alone.
+        """
+        return ()
 
 
 class LinearKind(LayerKind):

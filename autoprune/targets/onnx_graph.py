@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from autoprune.errors import ExportError
 from autoprune.models.loading import first_line
 from autoprune.models.task import output_layer
+from autoprune.targets.onnx_inputs import GraphInput, input_of
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 """Names of the files."""
 
-INPUT, LOGITS, FEATURES = "input_ids", "logits", "features"
-"""Names of what the graph takes and gives."""
+LOGITS, FEATURES = "logits", "features"
+"""Names of what the graph gives."""
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -32,23 +33,23 @@ OPSET = 20
 
 
 class Traced(nn.Module):
-    """A model as its graph has it: tokens in, logits and what the head reads out.
+    """A model as its graph has it: one input, logits and what the head reads out.
 
     Args:
-        model: A causal language model.
+        model: The model.
+        given: What it reads.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, given: GraphInput) -> None:
         super().__init__()
         self.model = model
+        self._given = given
         self._head = [output_layer(model)]  # in a list, so that it has one name only
 
     def forward(
-        self, input_ids: Int[Tensor, "batch length"]
-    ) -> tuple[
-        Float[Tensor, "batch length words"], Float[Tensor, "batch length width"]
-    ]:
-        """Run the model without a cache."""
+        self, values: Tensor
+    ) -> tuple[Float[Tensor, "... classes"], Float[Tensor, "... width"]]:
+        """Run the model, without a cache."""
         read: list[Tensor] = []
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -56,29 +57,37 @@ class Traced(nn.Module):
 
         handle = self._head[0].register_forward_pre_hook(keep)
         try:
-            logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+            inputs = {self._given.name: values, **self._given.fixed}
+            logits: Tensor = self.model(**inputs).logits
         finally:
             handle.remove()
         return logits, read[-1]
+
+
+def is_weight(dtype: torch.dtype) -> bool:
+    """Tell whether a graph reads tensors of a type; of counters it reads none."""
+    return dtype.is_floating_point
 
 
 def write_graph(model: Any, folder: Path) -> dict[str, int]:
     """Write the graph and the weights of a model in float32.
 
     Args:
-        model: A causal language model.
+        model: The model.
         folder: Where.
 
     Returns:
         Where in the file each weight begins, tied ones under every name.
 
     Raises:
-        ExportError: If the model cannot be traced, or has weights that nothing reads.
+        ExportError: If the model reads neither tokens nor images, cannot be traced, or
+            has weights that nothing reads.
     """
     import onnx_ir  # late: it is an extra
 
-    program = _traced(model)
-    state = model.state_dict(keep_vars=True)
+    program = _traced(model, input_of(model))
+    everything = model.state_dict(keep_vars=True)
+    state = {name: one for name, one in everything.items() if is_weight(one.dtype)}
     waiting = {id(tensor): name for name, tensor in state.items()}
     starts: dict[int, int] = {}
     with (folder / WEIGHTS).open("wb") as file:
@@ -99,22 +108,21 @@ def write_graph(model: Any, folder: Path) -> dict[str, int]:
     return {name: starts[id(tensor)] for name, tensor in state.items()}
 
 
-def _traced(model: Any) -> Any:
-    """Trace a model on a few tokens; lengths stay open.
+def _traced(model: Any, given: GraphInput) -> Any:
+    """Trace a model on a few tokens or images.
 
     Raises:
         ExportError: If it cannot be traced.
     """
-    ids = torch.arange(6).view(2, 3) % model.get_input_embeddings().weight.shape[0]
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    sizes = {axis: torch.export.Dim(name) for axis, name in given.open.items()}
     try:
         with _quiet(), torch.no_grad():
             return torch.onnx.export(
-                Traced(model),
-                (ids,),
+                Traced(model, given),
+                (given.example,),
                 dynamo=True,
-                dynamic_shapes=({0: batch, 1: length},),
-                input_names=[INPUT],
+                dynamic_shapes=(sizes,),
+                input_names=[given.name],
                 output_names=[LOGITS, FEATURES],
                 opset_version=OPSET,
                 optimize=False,

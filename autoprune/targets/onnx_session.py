@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from autoprune.targets.onnx_graph import FEATURES, GRAPH, INPUT, LOGITS, WEIGHTS
+from autoprune.targets.onnx_graph import FEATURES, GRAPH, LOGITS, WEIGHTS
 
 
 class OnnxModel(nn.Module):
@@ -47,11 +46,15 @@ class OnnxModel(nn.Module):
         """Give the head."""
         return self.head
 
-    def forward(
-        self, input_ids: Int[Tensor, "batch length"], **unused: Any
-    ) -> CausalLMOutput:
-        """Run the graph: all tokens of all windows, without a cache or a mask."""
-        given = {INPUT: input_ids.cpu().numpy()}
+    def forward(self, values: Tensor | None = None, **inputs: Any) -> CausalLMOutput:
+        """Run the graph on all of its input, without a cache or a mask.
+
+        Args:
+            values: Its one input; or by its name.
+            inputs: By name; others than the graph's are not used.
+        """
+        name = self._session.get_inputs()[0].name
+        given = {name: (inputs[name] if values is None else values).cpu().numpy()}
         logits, features = self._session.run([LOGITS, FEATURES], given)
         if self.head._forward_pre_hooks:  # a task catches what it reads
             self.head(torch.from_numpy(features))

@@ -173,7 +173,7 @@ def test_what_it_cannot_hold_is_refused(
     permuted = exporter.refuses(layer, replace(storage, permuted=True))
     assert permuted is not None and "belong to heads" in permuted
     masked = tiny_case("bert", tmp_path / "dense", ["dense"])
-    with pytest.raises(ExportError, match="causal language models, not AutoModelForM"):
+    with pytest.raises(ExportError, match="classifiers of images, not AutoModelForM"):
         TARGET.write(tmp_path, masked.job)
 
 
