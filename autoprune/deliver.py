@@ -7,14 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autoprune.compression.bank import VariantBank
 from autoprune.errors import RunError
 from autoprune.evaluation.provenance import bank_of, made_for, measured_on
 from autoprune.evaluation.targets import check_target, sizes_by_target
 from autoprune.evaluation.workbench import Workbench
 from autoprune.exporting.folder import check_free, write_export
-from autoprune.exporting.probe import Probe, in_float32
+from autoprune.exporting.probe import Probe
 from autoprune.exporting.verification import Expected, Verification, verify_export
+from autoprune.models.computing import computing_in
 from autoprune.plugins import load_plugins
 from autoprune.policy import Policy
 from autoprune.reporting.card import model_card
@@ -147,7 +150,7 @@ def export_policy(
     check_target(bench, policy, target)
     measured, ids = bench.measure(policy, bank, "report"), bench.splits["report"].ids
     bounds, model = exporter.bounds(storages), bench.stitched.model
-    with in_float32(model) if bounds.in_float32 else nullcontext():
+    with computing_in(model, torch.float32) if bounds.in_float32 else nullcontext():
         probe = Probe.take(bench.task, model, bench.tokenizer, ids)
     expected = Expected(
         task=bench.task.name,

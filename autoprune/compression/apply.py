@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from autoprune.models.biases import bias_of, put_bias
+from autoprune.models.computing import compute_in
 from autoprune.models.weights import (
     is_parameter,
     parameter_of,
@@ -52,9 +53,7 @@ class StitchedModel:
                 stored = getattr(torch, layer.dtype)
                 if torch.promote_types(stored, compute_dtype) != compute_dtype:
                     self._dense[layer] = read_weight(model, layer).clone()
-            for parameter in model.parameters():  # buffers keep the precision they need
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(compute_dtype)
+            compute_in(model, compute_dtype)
 
     @property
     def dtype(self) -> torch.dtype:

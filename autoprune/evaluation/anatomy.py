@@ -6,6 +6,7 @@ from typing import Any
 
 from autoprune.compression.formats import INTEGERS
 from autoprune.compression.storage import Storage
+from autoprune.errors import ModelError
 from autoprune.latency.shape import (
     DENSE,
     SPARSE,
@@ -88,8 +89,17 @@ class Anatomy:
             config: The model's configuration.
             inventory: Its layers.
             vocabulary: Rows of the output layer.
+
+        Raises:
+            ModelError: If the model is no transformer.
         """
         text = config.get_text_config()
+        if not hasattr(text, "hidden_size"):
+            raise ModelError(
+                f"time is foretold for transformers, but {type(config).__name__} has "
+                "no hidden_size. Leave out latency and its devices, and time what is "
+                "exported."
+            )
         hidden = int(text.hidden_size)
         heads = getattr(text, "num_attention_heads", None)
         attention = None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoprune.models.computing import computing_in
 from autoprune.models.task import Task
 from autoprune.models.text import TokenWindows
 from autoprune.policy import digest
@@ -84,22 +85,15 @@ def bfloat16_difference(
         torch does not mix it with what the model keeps in float32, as batch norms do.
     """
     losses = []
-    stored = {name: p.data for name, p in model.named_parameters()}
-    try:
-        for dtype in (torch.bfloat16, torch.float32):
-            for name, parameter in model.named_parameters():
-                if parameter.is_floating_point():
-                    parameter.data = stored[name].to(dtype)
-            try:
+    for dtype in (torch.bfloat16, torch.float32):
+        try:
+            with computing_in(model, dtype):
                 losses.append(_mean_loss(task, model, windows, tokenizer))
-            except RuntimeError as error:
-                if dtype == torch.float32:  # it is not the type that is at fault
-                    raise
-                log.info("the model does not run in bfloat16: %s", error)
-                losses.append(math.inf)
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data = stored[name]
+        except RuntimeError as error:
+            if dtype == torch.float32:  # it is not the type that is at fault
+                raise
+            log.info("the model does not run in bfloat16: %s", error)
+            losses.append(math.inf)
     difference = losses[0] - losses[1]
     return abs(math.expm1(difference)) if difference < _OVERFLOW else math.inf
 

@@ -16,8 +16,9 @@ import torch
 from autoprune.errors import AutoPruneError
 from autoprune.exporting.digests import digests_of
 from autoprune.exporting.marker import exporter_of
-from autoprune.exporting.probe import Probe, in_float32
+from autoprune.exporting.probe import Probe
 from autoprune.models.checkpoints import Checkpoint
+from autoprune.models.computing import compute_in, computing_in
 from autoprune.models.task import Task
 from autoprune.plugins import load_plugins
 
@@ -39,8 +40,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     load_seconds = time.monotonic() - start
     digests = digests_of(model, request.get("layers", ()))
     if request["dtype"]:
-        for parameter in model.parameters():  # buffers keep the precision they need
-            parameter.data = parameter.data.to(getattr(torch, request["dtype"]))
+        compute_in(model, getattr(torch, request["dtype"]))
     tokenizer = task.load_tokenizer(Checkpoint(str(folder), folder, ""))
     with torch.inference_mode():
         head = task.head(model)
@@ -57,7 +57,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     if wanted := request.get("probe"):
         ids = torch.tensor(wanted["ids"])
         classes = wanted["classes"]
-        with in_float32(model) if request.get("in_float32") else nullcontext():
+        with (
+            computing_in(model, torch.float32)
+            if request.get("in_float32")
+            else nullcontext()
+        ):
             probe = Probe.take(task, model, tokenizer, ids, classes=classes).to_dict()
     return {
         "perplexity": float(mean.exp()),

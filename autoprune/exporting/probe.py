@@ -2,8 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -103,19 +102,3 @@ class Probe:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Let a model compute in float32 for a while; its parameters come back as they are.
-
-    Buffers keep the precision that they need.
-    """
-    before = [(one, one.data) for one in model.parameters()]
-    try:
-        for parameter, data in before:
-            parameter.data = data.float()
-        yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data

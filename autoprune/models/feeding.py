@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from autoprune.models.blocks import BlockRunner
-from autoprune.models.gradients import scratch_copy
+from autoprune.models.computing import computing_in
 from autoprune.models.layers import Feed, Inventory
 from autoprune.policy import Layer, Site
 
@@ -38,7 +38,7 @@ def fed(
         met[name] += len(rows)
 
     inventory = replace(inventory, feed=feed)
-    with scratch_copy(model), torch.no_grad():
+    with computing_in(model, torch.float32, copy=True), torch.no_grad():
         runner = BlockRunner(model, inventory, window)
         hidden = runner.start()
         for block in range(len(inventory.blocks)):

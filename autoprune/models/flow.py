@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autoprune.errors import ModelError
-from autoprune.models.gradients import TaskLoss, listening, scratch_copy
+from autoprune.models.computing import computing_in
+from autoprune.models.gradients import TaskLoss, listening
 from autoprune.models.weights import MATRICES
 from autoprune.policy import Layer
 
@@ -31,7 +32,7 @@ def network_of_sizes(model: nn.Module) -> Iterator[None]:
     its factors, which are constants to a gradient: as a norm does not feel the scale of
     its input, the flow through it would cancel.
     """
-    with scratch_copy(model), ExitStack() as undo:
+    with computing_in(model, torch.float32, copy=True), ExitStack() as undo:
         for parameter in model.parameters():
             parameter.data.abs_()
         for module in model.modules():

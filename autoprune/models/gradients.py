@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoprune.models.computing import computing_in
 from autoprune.models.statistics import exact_products
 from autoprune.models.task import Task
 from autoprune.models.weights import parameter_of, read_weight, view_of_layer
@@ -139,19 +140,6 @@ def _hand_on(
     parameter.grad = None
 
 
-@contextmanager
-def scratch_copy(model: nn.Module) -> Iterator[None]:
-    """Let a model's parameters be float32 copies for a while, free to be written to."""
-    kept = [(p, p.data) for p in model.parameters() if p.is_floating_point()]
-    try:
-        for parameter, data in kept:
-            parameter.data = data.to(torch.float32, copy=True)
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
-
-
 @dataclass(eq=False)
 class _Sums:
     """Sums of the gradients of one layer, as they pass by."""
@@ -228,7 +216,7 @@ def hessian_gradients(
         temperature: What logits are divided by.
     """
     found = {layer: torch.zeros(layer.shape) for layer in layers}
-    with scratch_copy(model), torch.no_grad():
+    with computing_in(model, torch.float32, copy=True), torch.no_grad():
         gradient = {layer: torch.zeros(layer.shape) for layer in along}
 
         def gather(sums: dict[Layer, Tensor], factor: float) -> None:

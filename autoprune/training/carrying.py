@@ -23,6 +23,7 @@ from autoprune.compression.store import VariantStore
 from autoprune.compression.streaming import Progress
 from autoprune.compression.variant import Variant
 from autoprune.errors import ConfigError
+from autoprune.models.computing import compute_in
 from autoprune.models.task import Task
 from autoprune.models.text import TokenWindows
 from autoprune.models.weights import write_weight
@@ -149,9 +150,7 @@ class Carrying:
         stitched = self.bank.stitched
         stitched.restore()
         student = copy.deepcopy(stitched.model)
-        for parameter in student.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.float()
+        compute_in(student, torch.float32)
         for layer in stitched.layers:
             write_weight(student, layer, stitched.dense_weight(layer))
         return student

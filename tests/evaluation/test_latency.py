@@ -4,9 +4,11 @@ import pytest
 from autoprune_plugins.architectures import register_architectures
 from tiny_models import tiny
 from tiny_scenes import evidence, scene_of
+from transformers import ResNetConfig
 
 from autoprune.compression.actions import Actions
 from autoprune.compression.storage import Storage
+from autoprune.errors import ModelError
 from autoprune.evaluation.anatomy import Anatomy, format_of, linears_of
 from autoprune.evaluation.latency import LatencyMs
 from autoprune.evaluation.metric import Scene
@@ -215,3 +217,9 @@ def test_a_workload_of_one_token_has_no_steps(llama: Anatomy, scene: Scene) -> N
     assert forecast.total.ms == pytest.approx(forecast.prefill.ms)
     assert timed.measure(evidence(scene)) == pytest.approx(forecast.prefill.ms)
     assert credited(forecast.total, forecast.total) == pytest.approx(forecast.total.ms)
+
+
+def test_time_of_what_is_no_transformer_is_refused() -> None:
+    found = inventory(tiny("llama"), register_architectures())
+    with pytest.raises(ModelError, match="foretold for transformers, but ResNetConfig"):
+        Anatomy.of(ResNetConfig(), found, vocabulary=10)

@@ -26,7 +26,7 @@ from autoprune.exporting.manifest import (
     write_manifest,
 )
 from autoprune.exporting.marker import MARKER
-from autoprune.exporting.probe import Probe, in_float32
+from autoprune.exporting.probe import Probe
 from autoprune.exporting.verification import Expected, Verification, verify
 
 CAUSAL = register_tasks()[0]
@@ -241,14 +241,3 @@ def test_a_probe_tells_how_far_models_are_apart() -> None:
     assert near.distance(lost) == math.inf
     assert lost.distance(lost) == 0
     assert near.distance(Probe([[1]], 2.0, [[0]], [[-1.0]], "c")) == math.inf
-
-
-def test_a_model_computes_in_float32_for_a_while() -> None:
-    model = tiny("llama").to(torch.bfloat16)
-    before = {name: one.data_ptr() for name, one in model.named_parameters()}
-    with in_float32(model):
-        assert {one.dtype for one in model.parameters()} == {torch.float32}
-        assert model.lm_head.weight.dtype == torch.float32
-    after = {name: one.data_ptr() for name, one in model.named_parameters()}
-    assert after == before
-    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}

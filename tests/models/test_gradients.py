@@ -16,7 +16,6 @@ from autoprune.models.gradients import (
     hessian_gradients,
     listening,
     loss_gradients,
-    scratch_copy,
 )
 from autoprune.models.layers import inventory, read_weight
 from autoprune.models.weights import parameter_of, view_of_layer
@@ -145,18 +144,6 @@ def test_a_model_without_a_head_is_refused() -> None:
     model = tiny("llama").model
     with pytest.raises(ModelError, match="LlamaModel has no linear output layer"):
         LOSS.backward(model, windows(1))
-
-
-def test_a_scratch_copy_is_thrown_away(tiny_model: nn.Module) -> None:
-    found = inventory(tiny_model, register_architectures())
-    StitchedModel(tiny_model, found.layers, compute_dtype=torch.bfloat16)
-    before = state(tiny_model)
-    with pytest.raises(KeyError), scratch_copy(tiny_model):
-        for parameter in tiny_model.parameters():
-            assert parameter.dtype == torch.float32
-            parameter.data.zero_()
-        raise KeyError
-    assert_as_before(tiny_model, before)
 
 
 def double_backward(
