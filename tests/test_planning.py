@@ -205,6 +205,40 @@ def test_a_budget_of_time_decides_the_trials(record: str) -> None:
     assert any("before the first trial" in note for note in short.notes)
 
 
+def test_training_is_foretold_by_its_tokens(record: str) -> None:
+    def planned(tokens: int, **search: Any) -> Foreseen:
+        courses = [f"iterative(rounds=2) + distill(tokens=[{tokens}, {2 * tokens}])"]
+        recovery = {"schedules": courses, "candidates": 2, "share": 0.5}
+        actions = ["magnitude(sparsity=[0.3, 0.5])"]
+        asked = config(
+            text={"recovery": 8},
+            space=[{"sites": "blocks.*", "actions": actions}],
+            search={"trials": 3, **search},
+            recovery=recovery,
+        )
+        return foresee(asked, record)
+
+    def phase(found: Foreseen) -> Span:
+        return next(one.span for one in found.phases if one.name == "training")
+
+    few, more = planned(2**16), planned(2**17)
+    assert phase(more).middle == pytest.approx(2 * phase(few).middle)
+    # Of 4 trainings, 2 of each length: all on a quarter of the tokens, a third in full.
+    outlined = Outlined.of(config(search={"trials": 3}), load_plugins())
+    each = Work(outlined, Rates("a processor", RECORD)).measured(10**6).middle / 10**6
+    tokens = 2 * 3 * 2**16 * (0.25 + 1 / 3)
+    assert phase(few).middle == pytest.approx(12 * each * tokens)
+    assert any("2 courses of 65536 to 131072 tokens" in note for note in few.notes)
+    weights = sum(la.numel for la in outlined.bench.layers if la.block is not None)
+    assert few.disk["checkpoints"] == (24 + 5 * 2) * weights
+    plain = foresee(config(search={"trials": 3}), record)
+    assert plain.disk["checkpoints"] == 0
+    assert few.driver.own > plain.driver.own + 16 * weights
+    assert "training" not in [one.name for one in plain.phases]
+    limited = planned(2**24, trials=None, budget="24h")
+    assert phase(limited).middle == pytest.approx(12 * 3600)
+
+
 def test_a_pass_is_flat_in_depth() -> None:
     def shape(blocks: int, folder: Path) -> Work:
         from transformers import LlamaConfig

@@ -12,6 +12,7 @@ from autoprune.planning.memory import Memory, driver_memory, worker_memory
 from autoprune.planning.outlined import Outlined
 from autoprune.planning.phases import Phase, phases_of, trial
 from autoprune.planning.rates import Span, find_rates, total
+from autoprune.planning.training import checkpoint_bytes, courses_of, trained
 from autoprune.planning.work import Work
 from autoprune.plugins import Plugins, load_plugins
 
@@ -140,6 +141,7 @@ def foresee(
             "finalists solved anew": disk.anew_bytes(outlined),
             "teachers": disk.teachers_bytes(outlined, rates.compute),
             "ledger": disk.ledger_bytes(outlined, trials),
+            "checkpoints": checkpoint_bytes(outlined),
             "export": disk.export_bytes(outlined)[1] if export else 0,
         },
         disk.export_bytes(outlined),
@@ -189,11 +191,13 @@ def _notes(work: Work) -> list[str]:
         )
     if outlined.config.prefilter:
         notes.append("prefilter leaves choices out: it will take less than told here")
-    if recovery := outlined.config.recovery:
+    if courses := courses_of(outlined):
+        tokens = [course.tokens for course in courses]
+        each = trained(work, max(tokens)).middle / 3600
         notes.append(
-            "training finalists is not in these hours: of a time budget "
-            f"{recovery.share:.0%} is kept for it. It takes 16 bytes a trained weight "
-            "and a second model in float32"
+            f"{len(courses)} courses of {min(tokens)} to {max(tokens)} tokens may be "
+            f"trained, the longest for about {each:.2g} h; all in short, the best "
+            "third in full"
         )
     return notes
 

@@ -1,12 +1,13 @@
 """The most memory that the processes of a run take, and when."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoprune.compression.memory import MEMORY_SHARE
 from autoprune.compression.sweep import CHUNK_BYTES
 from autoprune.evaluation.slopes import GROUP
 from autoprune.evaluation.teacher import HEADS
 from autoprune.models.prefix import CAP_BYTES
+from autoprune.planning.training import training_bytes
 from autoprune.planning.work import HESSIAN, Work
 from autoprune.policy import Layer
 from autoprune.searching.rivals import SOLVED
@@ -79,7 +80,10 @@ def driver_memory(work: Work, *, workers: int) -> Memory:
         working=max(pass_bytes(work, 1), gradient),
         holds=True,
     )
-    return max((prepares, searches, concludes), key=lambda one: one.own)
+    trains = replace(concludes, working=training_bytes(work) + gradient)
+    found = [prepares, searches, concludes]
+    found += [trains] if work.outlined.config.recovery else []
+    return max(found, key=lambda one: one.own)
 
 
 def worker_memory(work: Work) -> Memory:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from autoprune.planning.disk import export_bytes
 from autoprune.planning.rates import Span, total
+from autoprune.planning.training import training
 from autoprune.planning.work import Work
 from autoprune.policy import Action, Layer
 from autoprune.searching.reserve import RIVAL_KINDS
@@ -59,6 +60,8 @@ def phases_of(work: Work, trials: int, *, export: bool = True) -> list[Phase]:
         Phase("trials", trial(work) * trials, shared=True),
         Phase("finals", finals(work)),
     ]
+    if work.outlined.config.recovery:
+        phases.append(Phase("training", training(work)))
     return [*phases, Phase("export", exporting(work))] if export else phases
 
 
