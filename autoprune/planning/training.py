@@ -9,8 +9,8 @@ from autoprune.planning.work import Work
 from autoprune.policy import Layer
 from autoprune.searching.courses import CourseSpace
 from autoprune.searching.recovering import PASSES_OF_TRAINING, REDUCTION
-from autoprune.training.carrying import KEPT_BYTES
 from autoprune.training.course import Course
+from autoprune.training.in_turn import KEPT_BYTES
 from autoprune.training.schedule import Outline
 
 TRAINED_BYTES = 16

@@ -16,7 +16,6 @@ from autoprune.errors import ModelError
 from autoprune.models.statistics import InputStatistics
 from autoprune.models.weights import is_parameter, parameter_of, read_weight
 from autoprune.policy import Action, Layer, Step
-from autoprune.training.masks import FrozenMasks
 
 TRAINED = Step("trained")
 """Stands in an action for all that was done before its weights were trained."""
@@ -84,32 +83,3 @@ def check_kept(layer: Layer, variant: Variant, course: str) -> None:
             f"{layer.name} keeps {kept} weights after {course}, but is to store "
             f"{storage.kept} as {pattern}. A recovery may move zeros within that only."
         )
-
-
-_PRUNED = "pruned: "
-"""Stands before a parameter's name where its mask is written."""
-
-
-def trained_of(
-    model: nn.Module, names: Sequence[str], masks: FrozenMasks
-) -> dict[str, Tensor]:
-    """Give some parameters by name, and what is pruned, ready to be written."""
-    found = {name: model.get_parameter(name).detach().contiguous() for name in names}
-    return found | {_PRUNED + name: mask for name, mask in masks.parameters()}
-
-
-@torch.no_grad()
-def put_trained(
-    model: nn.Module, masks: FrozenMasks, tensors: Mapping[str, Tensor]
-) -> None:
-    """Put parameters on a model that were written before, and replace its masks."""
-    for name, tensor in tensors.items():
-        if not name.startswith(_PRUNED):
-            model.get_parameter(name).copy_(tensor)
-    masks.replace(
-        {
-            name.removeprefix(_PRUNED): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(_PRUNED)
-        }
-    )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoprune.compression.bank import VariantBank
@@ -34,18 +33,14 @@ from autoprune.training.as_trained import (
     OwnModel,
     as_trained,
     check_kept,
-    put_trained,
-    trained_of,
 )
 from autoprune.training.choosing import UNITS, Goal
 from autoprune.training.course import Course
+from autoprune.training.in_turn import KEPT_BYTES, recover_in_turn
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.recovery import Pupil, Told
 from autoprune.training.resuming import check_room
 from autoprune.training.schedule import Phase, Pruning
-
-KEPT_BYTES = 5.0
-"""What is kept of each recovery that has ended, a weight: it in float32, and a mask."""
 
 HELD_OUT = 8
 """One window of so many judges, where a recovery judges itself."""
@@ -232,7 +227,7 @@ class Carrying:
         storages: Mapping[Layer, Storage],
         told: Told,
     ) -> None:
-        """Do one recovery after the other, or read what they have left."""
+        """Do the recoveries of a phase."""
         held = max(1, len(self.windows.ids) // HELD_OUT)
         pupil = Pupil(
             model=student,
@@ -247,29 +242,14 @@ class Carrying:
             windows=self.windows.ids[:-held],
             validation=self.windows.ids[-held:],
         )
-        for place, (recovery, settings) in enumerate(self.course.recoveries):
-            folder = self.folder / f"phase-{number}-{place}-{recovery.name}"
-            kept = folder.with_suffix(".safetensors")
-            if kept.exists():
-                put_trained(student, masks, load_file(kept))
-                continue
-            done = place / len(self.course.recoveries)
-
-            def part(share: float, done: float = done) -> None:
-                told(done + share / len(self.course.recoveries))
-
-            try:
-                recovery.recover(pupil, settings, share=share, folder=folder, told=part)
-            except ConfigError as error:
-                raise ConfigError(
-                    f"in phase {number + 1} of {len(self.phases)} of "
-                    f"{self.course.text}, with {share:.3g} of its tokens: {error}"
-                ) from error
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part_file = kept.with_suffix(".part")
-            save_file(trained_of(student, pupil.parameters, masks), part_file)
-            part_file.replace(kept)
-            shutil.rmtree(folder, ignore_errors=True)
+        recover_in_turn(
+            pupil,
+            self.course.recoveries,
+            self.folder / f"phase-{number}",
+            share=share,
+            where=f"phase {number + 1} of {len(self.phases)} of {self.course.text}",
+            told=told,
+        )
 
     def _rest(
         self, student: nn.Module, trained: Mapping[Layer, Variant]
