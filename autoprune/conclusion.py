@@ -71,23 +71,8 @@ def conclude(
         BudgetError: If none keeps every limit.
     """
     plan = parts[0].plan
-    if not any(part.trials for part in parts):
-        raise RunError(
-            f"the time budget of {plan.config.search.budget:g} s ended before the "
-            "first trial. Give more; the variants are kept, not made again"
-        )
     cost = plan.cost("choice")
-    ranked: list[Finalist] = []
-    refused: list[BudgetError] = []
-    for part in parts:
-        try:
-            ranked += _ranked(part, plan, cost) if part.trials else []
-        except BudgetError as error:  # another part may have kept the limits
-            observer.note(f"{part.name or 'round 1'}: {error}")
-            refused.append(error)
-    if not ranked:
-        raise refused[0]
-    ranked.sort(key=lambda finalist: cost(finalist.choice))
+    ranked = _all_ranked(parts, cost, observer)
     elected, rival = elect(ranked, cost)
     first = [elected, *([rival] if rival and rival is not elected else [])]
     resolved = [
@@ -101,22 +86,10 @@ def conclude(
     shown = resolved[: len(first)]
     shown += [] if winner in shown else [winner]
     shown += _beaten(ranked, shown)
-    reports = [
-        report(plan.bench, finalist)
-        | {"sizes": sizes_by_target(plan.bench, finalist.candidate.policy)}
-        for finalist in shown
-    ]
     gain = gains(elected, rival, cost) if rival else ()
     return winner, {
-        "dense": plan.bench.dense_metrics("report"),
-        "dense_sizes": sizes_by_target(plan.bench, plan.bench.dense_policy()),
-        "winner": reports[shown.index(winner)],
+        **_reported(plan, shown, winner),
         "gain_over_rival": dict(zip(("fitness", "choice"), gain, strict=False)),
-        "rivals": [
-            row
-            for row, finalist in zip(reports, shown, strict=True)
-            if finalist.candidate.is_rival
-        ],
         "finalists": [
             {
                 "trial": name_of(finalist.candidate.part, finalist.candidate.trial),
@@ -132,6 +105,55 @@ def conclude(
                 "choice": finalist.choice.metrics,
             }
             for finalist in trained
+        ],
+    }
+
+
+def _all_ranked(
+    parts: Sequence[Searched], cost: Cost, observer: Observer
+) -> list[Finalist]:
+    """Measure the best of all parts on the choice split, the best first.
+
+    Raises:
+        RunError: If there is no trial.
+        BudgetError: If none keeps every limit.
+    """
+    plan = parts[0].plan
+    if not any(part.trials for part in parts):
+        raise RunError(
+            f"the time budget of {plan.config.search.budget:g} s ended before the "
+            "first trial. Give more; the variants are kept, not made again"
+        )
+    ranked: list[Finalist] = []
+    refused: list[BudgetError] = []
+    for part in parts:
+        try:
+            ranked += _ranked(part, plan, cost) if part.trials else []
+        except BudgetError as error:  # another part may have kept the limits
+            observer.note(f"{part.name or 'round 1'}: {error}")
+            refused.append(error)
+    if not ranked:
+        raise refused[0]
+    return sorted(ranked, key=lambda finalist: cost(finalist.choice))
+
+
+def _reported(
+    plan: Plan, shown: Sequence[Finalist], winner: Finalist
+) -> dict[str, Any]:
+    """Measure finalists and the dense model on the report split, and their sizes."""
+    reports = [
+        report(plan.bench, finalist)
+        | {"sizes": sizes_by_target(plan.bench, finalist.candidate.policy)}
+        for finalist in shown
+    ]
+    return {
+        "dense": plan.bench.dense_metrics("report"),
+        "dense_sizes": sizes_by_target(plan.bench, plan.bench.dense_policy()),
+        "winner": reports[shown.index(winner)],
+        "rivals": [
+            row
+            for row, finalist in zip(reports, shown, strict=True)
+            if finalist.candidate.is_rival
         ],
     }
 

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+from jaxtyping import Float
+
 from autoprune.conclusion import Searched
 from autoprune.errors import RunError
 from autoprune.preflight import preflight
@@ -19,6 +22,7 @@ from autoprune.searching.ledger import Ledger
 from autoprune.searching.mirror import Mirror
 from autoprune.searching.plan import Plan
 from autoprune.searching.preparing import make_together, measure_together
+from autoprune.searching.problem import Proposal
 from autoprune.searching.reserve import Reserve
 from autoprune.searching.rivals import as_random_rival, random_rival, solved_rivals
 from autoprune.searching.rows import Trial
@@ -103,40 +107,14 @@ def plans_of(
 def search_part(part: Part, around: Surroundings) -> Reason:
     """Make the variants of a part's plan and search among them; tell why it ended."""
     plan, ledger, observer = part.plan, part.ledger, around.observer
-    table, first = around.table, not part.place
     around.crew.enter(plan)
-    _make_variants(plan, around)
-    if first and not ledger.trials():
-        observer.stage("exporting the smallest policy, to be sure")
-        with table.timing("preflight"):
-            preflight(plan, ledger.run_dir)
-    observer.stage("measuring the dense model")
-    with table.timing("dense"):
-        plan.bench.teacher("fitness")
-    measured, kind = _sensitivities(plan, around.crew), plan.config.search.sensitivity
-    sensitivities = None
-    if "sensitivities" in plan.strategy.needs:
-        observer.stage(f"measuring sensitivities ({kind})")
-        sensitivities = measured.costs(kind)
-    proposals = list(plan.proposals)
-    if first:
-        table.keep(ledger.run_dir)
-        proposals += solved_rivals(plan, measured, observer.stage, known=sensitivities)
+    sensitivities, proposals = _prepared(part, around)
     frozen = FrozenProblem.of(plan.bench, plan.problem.space, sensitivities)
     frozen.write(ledger.run_dir)
     trials = ledger.trials()
     observer.aim(plan.objective.goals, trials)
     observer.stage(SEARCHING)
     config = plan.config.search
-    ends = _InTime(
-        trials=config.trials,
-        stop=around.stop,
-        room=around.room,
-        clock=table.clock,
-        estimate=lambda: Reserve.of(plan, table, trials, export=around.export),
-        table=table,
-        share=part.share,
-    )
     with _mirrored(part) as update:
 
         def on_trial(trial: Trial) -> None:
@@ -156,12 +134,52 @@ def search_part(part: Part, around: Surroundings) -> Reason:
             rungs=plan.rungs,
             pruner=config.pruner,
             sensitivities=sensitivities,
-            ends=ends,
+            ends=_ends(part, around, trials),
             proposals=proposals,
             on_trial=on_trial,
         )
     ledger.write_tables()
     return ended
+
+
+def _prepared(
+    part: Part, around: Surroundings
+) -> tuple[Float[np.ndarray, "sites choices"] | None, list[Proposal]]:
+    """Make variants, and measure what a search wants to know before its first trial."""
+    plan, ledger, observer = part.plan, part.ledger, around.observer
+    table, first = around.table, not part.place
+    _make_variants(plan, around)
+    if first and not ledger.trials():
+        observer.stage("exporting the smallest policy, to be sure")
+        with table.timing("preflight"):
+            preflight(plan, ledger.run_dir)
+    observer.stage("measuring the dense model")
+    with table.timing("dense"):
+        plan.bench.teacher("fitness")
+    measured, kind = _sensitivities(plan, around.crew), plan.config.search.sensitivity
+    sensitivities = None
+    if "sensitivities" in plan.strategy.needs:
+        observer.stage(f"measuring sensitivities ({kind})")
+        sensitivities = measured.costs(kind)
+    proposals = list(plan.proposals)
+    if first:
+        table.keep(ledger.run_dir)
+        proposals += solved_rivals(plan, measured, observer.stage, known=sensitivities)
+    return sensitivities, proposals
+
+
+def _ends(part: Part, around: Surroundings, trials: Sequence[Trial]) -> Ends:
+    """Tell when a part ends; ``trials`` grow from outside."""
+    plan, table = part.plan, around.table
+    return _InTime(
+        trials=plan.config.search.trials,
+        stop=around.stop,
+        room=around.room,
+        clock=table.clock,
+        estimate=lambda: Reserve.of(plan, table, trials, export=around.export),
+        table=table,
+        share=part.share,
+    )
 
 
 @contextmanager
