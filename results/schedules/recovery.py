@@ -63,7 +63,6 @@ RATE = f"tokens={TOKENS}, batch=1, learning_rate=1e-4, interval=4"
 MOVING = {
     "24-srste": f"one-shot + sr-ste({RATE})",
     "24-loraprune": f"during + loraprune(tokens={TOKENS}, batch=1, learning_rate=1e-3)",
-    "60-srste": f"one-shot + sr-ste({RATE})",
     "60-rigl": f"one-shot + rigl({RATE}, fraction=0.1)",
 }
 METRICS = ("perplexity", "kl")
