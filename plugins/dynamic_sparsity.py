@@ -12,6 +12,7 @@ from autoprune.errors import ConfigError
 from autoprune.hookspecs import hookimpl
 from autoprune.training.choosing import Goal
 from autoprune.training.mask_rules import DropAndGrow, StraightThrough
+from autoprune.training.masks import FrozenMasks
 from autoprune.training.moving_masks import MovingMasks
 from autoprune.training.ramps import RAMPS, Ramp
 from autoprune.training.recovery import Pupil, RecoveryMethod
@@ -38,8 +39,12 @@ class SetRecovery(WholeModelRecovery):
         Parameter("fraction", float, 0.3, "Of the weights, dropped at first.", 0, 1),
     )
 
-    def masks(self, pupil: Pupil, settings: Settings, steps: int) -> MovingMasks:
+    def masks(
+        self, pupil: Pupil, settings: Settings, steps: int
+    ) -> FrozenMasks | MovingMasks:
         """Move the masks of layers whose zeros may be anywhere."""
+        if not pupil.storages:  # nothing is pruned yet, as late in its first phase
+            return pupil.masks
         goals = {n: one for n, one in pupil.weight_goals.items() if one.pattern is None}
         rule = DropAndGrow(
             steps,
@@ -63,7 +68,9 @@ class RigL(SetRecovery):
 class StraightThroughRecovery(WholeModelRecovery):
     """Train what is pruned on, unseen by the model; the largest weights come back.
 
-    Where nothing is pruned yet, as in ``during``, zeros grow in number along a ramp.
+    Where nothing is pruned yet, as in ``during``, zeros grow in number along a ramp. A
+    weight that a method has pruned before begins to learn at zero, so that after few
+    steps hardly any comes back.
     """
 
     name = "sr-ste"
@@ -80,8 +87,12 @@ class StraightThroughRecovery(WholeModelRecovery):
         Parameter("end", float, 0.5, "Share of the steps at its end.", 0, 0.9),
     )
 
-    def masks(self, pupil: Pupil, settings: Settings, steps: int) -> MovingMasks:
+    def masks(
+        self, pupil: Pupil, settings: Settings, steps: int
+    ) -> FrozenMasks | MovingMasks:
         """Move the masks, at their goal at once or along a ramp."""
+        if not pupil.storages:
+            return pupil.masks
         goals = _some(pupil.weight_goals, self, pupil)
         pruned = pupil.masks.pruned
         interval = settings["interval"]

@@ -33,7 +33,8 @@ class Pupil:
         layers: The layers whose weights are trained; all else stays as it is, because
             only layers have variants.
         masks: What is pruned; of every layer that loses weights, also if none has gone.
-        storages: What each of the layers is to store afterwards, its zeros above all.
+        storages: What layers are to store afterwards, their zeros above all; those of
+            which nothing goes in this phase are not named.
         cut: Those of them that lose units at the end of the course, such as channels.
         task: What the model is for.
         tokenizer: Its tokenizer.
@@ -79,7 +80,8 @@ class Pupil:
 
         They are trained, and parameters of their own.
         """
-        found = {la: Goal.of(la, self.storages[la]) for la in self.trainable}
+        begun = [layer for layer in self.trainable if layer in self.storages]
+        found = {layer: Goal.of(layer, self.storages[layer]) for layer in begun}
         return {
             layer: goal
             for layer, goal in found.items()

@@ -66,6 +66,16 @@ def kl(bench: Workbench, policy: Policy) -> float:
         (PATTERN, f"during + sr-ste({TRAINED})"),
         pytest.param(
             HALF,
+            f"late(start=0.5) + rigl({TRAINED.replace('1024', '2048')})",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            HALF,
+            f"progressive(stages=2) + sr-ste({TRAINED.replace('1024', '2048')})",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            HALF,
             f"iterative(rounds=2) + rigl({TRAINED.replace('1024', '2048')})",
             marks=pytest.mark.slow,
         ),
