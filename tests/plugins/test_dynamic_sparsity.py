@@ -70,8 +70,8 @@ def kl(bench: Workbench, policy: Policy) -> float:
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            HALF,
-            f"progressive(stages=2) + sr-ste({TRAINED.replace('1024', '2048')})",
+            PATTERN,
+            f"progressive(stages=2) + sr-ste({TRAINED.replace('1024', '4096')})",
             marks=pytest.mark.slow,
         ),
         pytest.param(
