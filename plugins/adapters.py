@@ -7,8 +7,7 @@ from autoprune.errors import ConfigError
 from autoprune.hookspecs import hookimpl
 from autoprune.models.weights import expert_of
 from autoprune.policy import Layer
-from autoprune.training.lora import LoraSettings, train_lora
-from autoprune.training.lora_patterns import LoraPruneSettings
+from autoprune.training.lora import LoraPruneSettings, LoraSettings, train_lora
 from autoprune.training.lora_prune import prune_lora
 from autoprune.training.ramps import RAMPS, Ramp
 from autoprune.training.recovery import Pupil, RecoveryMethod, Told

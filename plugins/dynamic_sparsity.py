@@ -10,7 +10,7 @@ from typing import ClassVar
 from autoprune.compression.method import Parameter, Settings
 from autoprune.errors import ConfigError
 from autoprune.hookspecs import hookimpl
-from autoprune.training.choosing import Goal
+from autoprune.training.goals import Goal
 from autoprune.training.mask_rules import DropAndGrow, StraightThrough
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.moving_masks import MovingMasks

@@ -34,8 +34,8 @@ from autoprune.training.as_trained import (
     as_trained,
     check_kept,
 )
-from autoprune.training.choosing import UNITS, Goal
 from autoprune.training.course import Course
+from autoprune.training.goals import UNITS, Goal
 from autoprune.training.in_turn import KEPT_BYTES, recover_in_turn
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.recovery import Pupil, Told

@@ -2,22 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from autoprune.compression.masks import kept_by_pattern, pruned_count, smallest
-from autoprune.compression.storage import BITMAP, Storage
+from autoprune.compression.masks import pruned_count, smallest
 from autoprune.errors import ConfigError, MethodError, unknown_name
-from autoprune.policy import Layer
 
 SCOPES = ("model", "parameter")
 """Weights that compete: those of all named parameters, or those of each by itself."""
-
-UNITS = "units"
-"""Pattern of zeros that go with a channel, head or filter as a whole."""
 
 
 def prune_smallest(
@@ -51,7 +45,7 @@ def prune_smallest(
         counts = {name: pruned_count(size, sparsity) for name, size in sizes.items()}
         return prune_counts(scores, counts)
     count = pruned_count(sum(sizes.values()), sparsity)
-    flat = torch.cat([_flat(name, score) for name, score in scores.items()])
+    flat = torch.cat([flat_scores(name, score) for name, score in scores.items()])
     marked = smallest(flat[None], count)[0].split(list(sizes.values()))
     return {
         name: part.view(score.shape).to(score.device)
@@ -64,64 +58,11 @@ def prune_counts(
 ) -> dict[str, Bool[Tensor, "..."]]:
     """Mark so many of the smallest scores of each parameter, earlier first on ties."""
     return {
-        name: smallest(_flat(name, score)[None], counts[name])
+        name: smallest(flat_scores(name, score)[None], counts[name])
         .view(score.shape)
         .to(score.device)
         for name, score in scores.items()
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """How a matrix is to be pruned at the end.
-
-    Attributes:
-        pruned: So many weights go, or units.
-        pattern: ``N:M`` if weights go in groups of M columns, ``units``, or None if
-            from anywhere.
-    """
-
-    pruned: int
-    pattern: str | None = None
-
-    @classmethod
-    def of(cls, layer: Layer, storage: Storage) -> "Goal | None":
-        """Read it from what a layer is to store; None if only a method can prune so.
-
-        That is to tiles, in permuted columns, or with more stored than weights and
-        mask.
-        """
-        more = storage.hidden, storage.bits, storage.low_rank
-        if more != (None, None, None) or storage.permuted or storage.bias:
-            return None
-        if storage.units is not None:
-            cut = layer.cut  # not that of a residual stream
-            if not cut or storage.kept * cut.units != layer.numel * storage.units:
-                return None
-            return cls(cut.units - storage.units, UNITS)
-        if storage.mask == BITMAP:
-            return cls(storage.numel - storage.kept)
-        if storage.mask is not None and ":" in storage.mask:
-            return cls(storage.numel - storage.kept, storage.mask)
-        return None
-
-
-def prune_towards(
-    scores: Float[Tensor, "out ..."], goal: Goal, share: float = 1.0
-) -> Bool[Tensor, "out ..."]:
-    """Mark the smallest scores on the way to a goal: ``round(share * pruned)`` of them.
-
-    Of an ``N:M`` pattern only those are marked that may go at its end.
-
-    Example:
-        >>> prune_towards(torch.tensor([[1.0, 2.0, 8.0, 9.0]]), Goal(2, "1:2")).tolist()
-        [[True, False, True, False]]
-    """
-    flat = _flat("a parameter", scores).view(len(scores), -1)
-    if goal.pattern is not None:
-        flat = flat.masked_fill(kept_by_pattern(flat, goal.pattern), math.inf)
-    count = pruned_count(goal.pruned, share)
-    return smallest(flat.view(1, -1), count).view(scores.shape).to(scores.device)
 
 
 def erk_counts(shapes: Mapping[str, Sequence[int]], sparsity: float) -> dict[str, int]:
@@ -171,8 +112,12 @@ def check_sparsity(sparsity: float) -> None:
         raise ConfigError(f"a sparsity is a share in [0, 1], found {sparsity}")
 
 
-def _flat(name: str, score: Tensor) -> Float[Tensor, " weights"]:
-    """Lay scores out in a row, where and as numpy can rank them."""
+def flat_scores(name: str, score: Tensor) -> Float[Tensor, " weights"]:
+    """Lay scores out in a row, where and as numpy can rank them.
+
+    Raises:
+        MethodError: If a score is not a number; names whose it is.
+    """
     score = score.detach().flatten().cpu()
     if score.dtype not in (torch.float32, torch.float64):
         score = score.float()

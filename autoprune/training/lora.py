@@ -27,6 +27,7 @@ from autoprune.policy import Layer
 from autoprune.training.losses import RecoveryLoss
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.progress import Progress
+from autoprune.training.ramps import Ramp
 from autoprune.training.settings import TrainingSettings
 from autoprune.training.trainer import Recovery, train
 
@@ -66,6 +67,34 @@ class LoraSettings:
     def identity(self) -> dict[str, str]:
         """Name what a recovery's result depends on, for its folder."""
         return {"adapters": json.dumps(asdict(self))}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraPruneSettings:
+    """When and how weights are pruned.
+
+    Attributes:
+        ramp: Share of the goals at each step of the optimizer, ending at 1 within the
+            training.
+        decay: How much of the importance known before stays at a step, from 0 to below
+            1 (the paper's lambda).
+
+    Raises:
+        ConfigError: If a setting is out of its range.
+    """
+
+    ramp: Ramp = Ramp(final=1.0)
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ConfigError(
+                f"decay of importance is from 0 to below 1, found {self.decay}"
+            )
+        if self.ramp.final != 1.0:
+            raise ConfigError(
+                f"the ramp of shares of a goal ends at 1, found {self.ramp.final}"
+            )
 
 
 def train_lora(

@@ -9,8 +9,14 @@ from torch import Tensor
 from autoprune.compression.masks import pruned_count, smallest
 from autoprune.policy import Layer
 from autoprune.training.adapters import AdaptedLayer, Adapters
-from autoprune.training.choosing import UNITS, Goal, prune_towards
-from autoprune.training.lora_patterns import LoraPruneSettings, by_unit, structures
+from autoprune.training.goals import (
+    UNITS,
+    Goal,
+    by_unit,
+    prune_towards,
+    structures,
+)
+from autoprune.training.lora import LoraPruneSettings
 
 
 class PruningGuide:

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from autoprune.errors import ConfigError, ModelError
 from autoprune.policy import Layer, digest
-from autoprune.training.choosing import Goal
+from autoprune.training.goals import Goal, check_goals
 from autoprune.training.lora import (
+    LoraPruneSettings,
     LoraSettings,
     check_layers,
     check_loss,
     chosen_layers,
 )
-from autoprune.training.lora_patterns import LoraPruneSettings, check_goals
 from autoprune.training.losses import RecoveryLoss
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.progress import Progress

@@ -11,11 +11,10 @@ from torch import Tensor
 from autoprune.errors import ConfigError, unknown_name
 from autoprune.training.choosing import (
     SCOPES,
-    Goal,
     prune_counts,
     prune_smallest,
-    prune_towards,
 )
+from autoprune.training.goals import Goal, prune_towards
 from autoprune.training.moving_masks import MaskedWeight, MaskRule
 from autoprune.training.ramps import Ramp
 

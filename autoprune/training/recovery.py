@@ -15,7 +15,7 @@ from autoprune.models.layers import Inventory
 from autoprune.models.task import Task
 from autoprune.models.weights import is_parameter, parameter_of
 from autoprune.policy import Layer, Value
-from autoprune.training.choosing import UNITS, Goal
+from autoprune.training.goals import UNITS, Goal
 from autoprune.training.masks import FrozenMasks
 
 Told = Callable[[float], None]

@@ -8,7 +8,7 @@ from typing import ClassVar
 from autoprune.compression.parameters import Parameter, Settings
 from autoprune.errors import ConfigError, MethodError
 from autoprune.policy import Layer, Value
-from autoprune.training.lora_patterns import structures
+from autoprune.training.goals import structures
 from autoprune.training.losses import LossWeights, RecoveryLoss
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.moving_masks import MovingMasks

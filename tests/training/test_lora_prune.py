@@ -26,13 +26,8 @@ from torch import Tensor, nn
 from autoprune.errors import ConfigError, ModelError, RunError
 from autoprune.models.weights import read_weight
 from autoprune.policy import Layer
-from autoprune.training.choosing import UNITS, Goal
-from autoprune.training.lora import LoraSettings
-from autoprune.training.lora_patterns import (
-    LoraPruneSettings,
-    by_unit,
-    structures,
-)
+from autoprune.training.goals import UNITS, Goal, by_unit, structures
+from autoprune.training.lora import LoraPruneSettings, LoraSettings
 from autoprune.training.lora_prune import LoraPruning, prune_lora
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.progress import Progress

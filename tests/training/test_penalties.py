@@ -10,9 +10,10 @@ from torch import nn
 
 from autoprune.errors import ConfigError, ModelError
 from autoprune.models.weights import read_weight
+from autoprune.plugins import load_plugins
 from autoprune.policy import Layer
 from autoprune.sites import Cut
-from autoprune.training.lora_patterns import by_unit, structures
+from autoprune.training.goals import by_unit, structures
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.penalties import GroupLasso, keep_units, masks_of_units
 
@@ -211,6 +212,7 @@ def test_layers_know_where_their_units_lie(kind: str) -> None:
 
 
 def test_columns_of_a_convolution_are_input_channels() -> None:
+    load_plugins()  # they say how a convolution is a matrix
     model = convolutions()
     cut = Cut("channels", "columns", 4, 6)
     layer = Layer("3", (2, 24), "float32", 0, "conv", None, cut=cut, kernel=4)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from autoprune.errors import ConfigError, ModelError
-from autoprune.training.choosing import Goal, prune_towards
+from autoprune.training.goals import Goal, prune_towards
 from autoprune.training.mask_rules import StraightThrough
 from autoprune.training.masks import FrozenMasks
 from autoprune.training.moving_masks import MovingMasks

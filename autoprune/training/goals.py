@@ -1,44 +1,75 @@
-"""When LoRAPrune prunes, and the units of structures."""
+"""What training is to prune, layer by layer, where it says what goes."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from autoprune.compression.masks import kept_by_pattern, pruned_count, smallest
 from autoprune.compression.parameters import keep_of
-from autoprune.errors import ConfigError, ModelError
+from autoprune.compression.storage import BITMAP, Storage
+from autoprune.errors import ModelError
 from autoprune.sites import Cut, Layer
-from autoprune.training.choosing import UNITS, Goal
-from autoprune.training.ramps import Ramp
+from autoprune.training.choosing import flat_scores
+
+UNITS = "units"
+"""Pattern of zeros that go with a channel, head or filter as a whole."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraPruneSettings:
-    """When and how weights are pruned.
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """How a matrix is to be pruned at the end.
 
     Attributes:
-        ramp: Share of the goals at each step of the optimizer, ending at 1 within the
-            training.
-        decay: How much of the importance known before stays at a step, from 0 to below
-            1 (the paper's lambda).
-
-    Raises:
-        ConfigError: If a setting is out of its range.
+        pruned: So many weights go, or units.
+        pattern: ``N:M`` if weights go in groups of M columns, ``units``, or None if
+            from anywhere.
     """
 
-    ramp: Ramp = field(default_factory=lambda: Ramp(final=1.0))
-    decay: float = 0.9
+    pruned: int
+    pattern: str | None = None
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ConfigError(
-                f"decay of importance is from 0 to below 1, found {self.decay}"
-            )
-        if self.ramp.final != 1.0:
-            raise ConfigError(
-                f"the ramp of shares of a goal ends at 1, found {self.ramp.final}"
-            )
+    @classmethod
+    def of(cls, layer: Layer, storage: Storage) -> "Goal | None":
+        """Read it from what a layer is to store; None if only a method can prune so.
+
+        That is to tiles, in permuted columns, or with more stored than weights and
+        mask.
+        """
+        more = storage.hidden, storage.bits, storage.low_rank
+        if more != (None, None, None) or storage.permuted or storage.bias:
+            return None
+        if storage.units is not None:
+            cut = layer.cut  # not that of a residual stream
+            if not cut or storage.kept * cut.units != layer.numel * storage.units:
+                return None
+            return cls(cut.units - storage.units, UNITS)
+        if storage.mask == BITMAP:
+            return cls(storage.numel - storage.kept)
+        if storage.mask is not None and ":" in storage.mask:
+            return cls(storage.numel - storage.kept, storage.mask)
+        return None
+
+
+def prune_towards(
+    scores: Float[Tensor, "out ..."], goal: Goal, share: float = 1.0
+) -> Bool[Tensor, "out ..."]:
+    """Mark the smallest scores on the way to a goal: ``round(share * pruned)`` of them.
+
+    Of an ``N:M`` pattern only those are marked that may go at its end.
+
+    Example:
+        >>> import torch
+        >>> prune_towards(torch.tensor([[1.0, 2.0, 8.0, 9.0]]), Goal(2, "1:2")).tolist()
+        [[True, False, True, False]]
+    """
+    flat = flat_scores("a parameter", scores).view(len(scores), -1)
+    if goal.pattern is not None:
+        flat = flat.masked_fill(kept_by_pattern(flat, goal.pattern), math.inf)
+    count = pruned_count(goal.pruned, share)
+    return smallest(flat.view(1, -1), count).view(scores.shape).to(scores.device)
 
 
 def by_unit(
