@@ -25,6 +25,9 @@ alike teach nothing of hundreds of multipliers."""
 REPEATS = 8
 """Solutions in search of one that was not measured."""
 
+MEASURED = ("complete", "pruned")
+"""Trials that are fitted. Of one that was given up, Optuna was told what its KL would
+be on all windows."""
 
 ENOUGH = 3
 """Trials from which on multipliers are fitted."""
@@ -35,9 +38,10 @@ class AllocationSampler(PolicySampler):
 
     The model is KL = constant + sum over sites of multiplier x sensitivity. It starts
     from multipliers of 1 and is fitted by ridge regression towards their common mean
-    on all complete trials, so that what trials tell of a site moves it and nothing
-    else does. SPDY (Frantar and Alistarh, ICML 2022) searches such multipliers at
-    random; the fit uses what every trial has shown.
+    on all trials, also those that were given up: what is bad has to be known, or it is
+    proposed again. So what trials tell of a site moves it and nothing else does. SPDY
+    (Frantar and Alistarh, ICML 2022) searches such multipliers at random; the fit uses
+    what every trial has shown.
 
     Raises:
         ConfigError: If there are no sensitivities or no budget.
@@ -64,16 +68,17 @@ class AllocationSampler(PolicySampler):
         history = self.brief.history
         tried = {trial.number: self._indices(trial) for trial in history}
         known = {indices.tobytes() for indices in tried.values()}
-        good = [t for t in history if t.state == "complete" and t.values]
-        chosen = np.array([tried[t.number] for t in good], dtype=np.int64)
+        measured = [t for t in history if t.state in MEASURED and t.values]
+        chosen = np.array([tried[t.number] for t in measured], dtype=np.int64)
         costs = self._costs
-        if len(good) >= ENOUGH:
+        if len(measured) >= ENOUGH:
             features = self._costs[np.arange(len(self._costs)), chosen]
-            fitted = fit_multipliers(features, np.array([t.values[0] for t in good]))
+            values = np.array([trial.values[0] for trial in measured])
+            fitted = fit_multipliers(features, values)
             costs = self._costs * fitted[:, None]
         rng = self.brief.rng()
         noise, found = 0.0, allocate(self.problem, costs)
-        explores = len(good) >= ENOUGH and len(history) % TURNS == 1
+        explores = len(measured) >= ENOUGH and len(history) % TURNS == 1
         for repeat in range(REPEATS):
             if found.tobytes() not in known and (noise or not explores):
                 break

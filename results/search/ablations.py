@@ -118,11 +118,11 @@ def cells() -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def _without_refit(brief: Brief) -> AllocationSampler:
-    """Make the allocation blind to values: it fits complete trials only.
+    """Make the allocation blind to values.
 
     It still knows what was tried, so that it moves on by its noise.
     """
-    history = [replace(trial, state="pruned") for trial in brief.history]
+    history = [replace(trial, values=()) for trial in brief.history]
     return AllocationSampler(replace(brief, history=history))
 
 

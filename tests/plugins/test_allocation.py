@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from autoprune_plugins.allocation import register_samplers
@@ -101,6 +103,19 @@ def test_a_resumed_search_proposes_what_an_uninterrupted_one_does():
     whole = search(problem, landscape, 12)
     resumed = search(problem, landscape, 12, history=whole[:5])
     assert [t.policy for t in whole] == [t.policy for t in resumed]
+
+
+def test_what_was_given_up_is_fitted_too():
+    problem, landscape = make_problem(), Landscape(0)
+    whole = search(problem, landscape, 8)
+    worst = max(whole, key=lambda trial: trial.values[0])
+    given_up = [replace(t, state="pruned") if t is worst else t for t in whole]
+    without = [replace(t, values=()) if t is worst else t for t in whole]
+    fitted, also, blind = (
+        search(problem, landscape, 9, history)[-1].policy
+        for history in (whole, given_up, without)
+    )
+    assert also == fitted != blind
 
 
 def test_what_is_not_complete_is_not_fitted_but_not_repeated():
