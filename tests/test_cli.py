@@ -179,6 +179,7 @@ def test_options_stand_in_place_of_the_file(
     assert config["plugins"] == ["watcher_for_cli"]
 
 
+@pytest.mark.slow
 def test_a_time_budget_ends_the_search(space: Path) -> None:
     must("search", space, "--trials", "2")
     found = json.loads(must("search", space, "--budget", "0.01s", "--json").stdout)

@@ -303,6 +303,7 @@ def test_refusals(record: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         foresee(config(objective={"budgets": {"size_bytes": "1%"}}), record)
 
 
+@pytest.mark.slow
 def test_the_command(record: str) -> None:
     def run(*arguments: str) -> Any:
         return CliRunner().invoke(

@@ -307,7 +307,6 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Pa
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_tuned_sibling_takes_statistics_anew_or_reuses_them(
     pruned: SearchResult, tuned: Path, text: TextConfig, tmp_path: Path
 ) -> None:

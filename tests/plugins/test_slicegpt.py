@@ -344,7 +344,6 @@ def test_a_bank_takes_dense_inputs_whatever_its_reference(
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_search_over_the_whole_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     budget = {"metric": "kl", "budgets": {"size_bytes": "90%"}}
     config = whole(tiny_checkpoint, tmp_path, objective=budget)

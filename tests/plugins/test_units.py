@@ -67,7 +67,6 @@ def space(**rules: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_search_over_channels_and_heads(
     tiny_checkpoint: Path, text: str, tmp_path: Path
 ) -> None:
