@@ -207,7 +207,7 @@ def test_a_budget_of_time_decides_the_trials(record: str) -> None:
 
 def test_training_is_foretold_by_its_tokens(record: str) -> None:
     def planned(tokens: int, **search: Any) -> Foreseen:
-        courses = [f"iterative(rounds=2) + distill(tokens=[{tokens}, {2 * tokens}])"]
+        courses = [f"progressive(stages=2) + distill(tokens=[{tokens}, {2 * tokens}])"]
         recovery = {"schedules": courses, "candidates": 2, "share": 0.5}
         actions = ["magnitude(sparsity=[0.3, 0.5])"]
         asked = config(

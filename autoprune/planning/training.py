@@ -6,7 +6,6 @@ from autoprune.planning.disk import pairs_of
 from autoprune.planning.outlined import Outlined
 from autoprune.planning.rates import Span
 from autoprune.planning.work import Work
-from autoprune.policy import Layer
 from autoprune.searching.courses import CourseSpace
 from autoprune.searching.recovering import PASSES_OF_TRAINING, REDUCTION
 from autoprune.training.course import Course
@@ -65,25 +64,19 @@ def trained(work: Work, tokens: int) -> Span:
 def training_bytes(work: Work) -> float:
     """Tell the memory of a training at the most, activations aside."""
     weights = sum(layer.numel for layer in work.outlined.bench.layers)
-    return float(FROZEN_BYTES * weights + TRAINED_BYTES * _trained_weights(work))
+    own = sum(layer.numel for layer in {layer for layer, _ in work.pairs})
+    return float(FROZEN_BYTES * weights + TRAINED_BYTES * own)
 
 
 def checkpoint_bytes(outlined: Outlined) -> int:
     """Tell the most that checkpoints of a course take on the disk."""
-    weights = sum(layer.numel for layer in _trained_layers(outlined))
-    actions = outlined.bench.actions
+    pruning = dict(pairs_of(outlined))
+    alike = {layer.block: 0.0 for layer in pruning}
+    outline = Outline(pruning, outlined.bench.actions, lambda: alike)
+    weights = sum(layer.numel for layer in pruning)
     most = 0.0
     for course in courses_of(outlined):
-        phases = len(course.schedule.phases(Outline({}, actions), course.settings))
+        phases = len(course.schedule.phases(outline, course.settings))
         own = max(recovery.checkpoint_bytes for recovery, _ in course.recoveries)
         most = max(most, own + KEPT_BYTES * phases * len(course.recoveries))
     return round(most * weights)
-
-
-def _trained_weights(work: Work) -> int:
-    return sum(layer.numel for layer in _trained_layers(work.outlined))
-
-
-def _trained_layers(outlined: Outlined) -> set[Layer]:
-    """List the layers that a policy may compress, so that training may change them."""
-    return {layer for layer, _ in pairs_of(outlined)}
