@@ -12,10 +12,11 @@ from autoprune.training.course import Course
 from autoprune.training.in_turn import KEPT_BYTES
 from autoprune.training.schedule import Outline
 
-TRAINED_BYTES = 16
-"""A trained weight: it, its gradient and two moments, in float32."""
+WEIGHT_BYTES = 4
+"""A weight of the copy that is trained, in float32."""
 
-FROZEN_BYTES = 4
+TRAINED_BYTES = 12
+"""More for one that is trained: its gradient and two moments."""
 
 
 def courses_of(outlined: Outlined) -> list[Course]:
@@ -65,7 +66,7 @@ def training_bytes(work: Work) -> float:
     """Tell the memory of a training at the most, activations aside."""
     weights = sum(layer.numel for layer in work.outlined.bench.layers)
     own = sum(layer.numel for layer in {layer for layer, _ in work.pairs})
-    return float(FROZEN_BYTES * weights + TRAINED_BYTES * own)
+    return float(WEIGHT_BYTES * weights + TRAINED_BYTES * own)
 
 
 def checkpoint_bytes(outlined: Outlined) -> int:
