@@ -70,11 +70,11 @@ class StraightThroughRecovery(WholeModelRecovery):
 
     Where nothing is pruned yet, as in ``during``, zeros grow in number along a ramp. A
     weight that a method has pruned before begins to learn at zero, so that after few
-    steps hardly any comes back.
+    steps hardly any comes back. How we differ: the optimizer is AdamW, not SGD.
     """
 
     name = "sr-ste"
-    reference = "Zhou et al. 2021, arXiv:2102.04010, Eq. 9"
+    reference = "Zhou et al. 2021, arXiv:2102.04010"
     prunes = True
     checkpoint_bytes = 34.0  # a shadow and a mask more, also twice
     parameters = (
@@ -98,6 +98,12 @@ class StraightThroughRecovery(WholeModelRecovery):
         interval = settings["interval"]
         ramp = Ramp("constant", 0.0, 1.0)
         if not any(pruned[name] for name in goals):
+            if settings["patience"]:
+                raise ConfigError(
+                    f"{self.name} prunes on the way, so that its training may not stop "
+                    f"before the end, found patience {settings['patience']}. Leave it "
+                    "out, or prune first, as in one-shot."
+                )
             end = round(settings["end"] * (steps - 1))
             ramp = Ramp(settings["ramp"], 0.0, 1.0, 0, end, interval)
         rule = StraightThrough(

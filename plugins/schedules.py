@@ -112,7 +112,7 @@ class During(Schedule):
     """
 
     name = "during"
-    reference = "Hoefler et al. 2021, arXiv:2102.00554, Sec. 2.4"
+    reference = "Hoefler et al. 2021, arXiv:2102.00554"
     by_recovery = True
 
     def phases(self, outline: Outline, settings: Settings) -> list[Phase]:

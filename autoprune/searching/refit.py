@@ -23,8 +23,8 @@ def fit_multipliers(
     """Fit what each site's sensitivity counts for in the values of trials.
 
     Ridge regression with a free constant, towards one common multiplier, as strongly as
-    is most likely of what was measured (evidence: MacKay 1992, Bayesian Interpolation,
-    Sec. 3). A trial counts by the inverse of its value: the error that matters is a
+    is most likely of what was measured (evidence: MacKay 1992, Bayesian Interpolation).
+    A trial counts by the inverse of its value: the error that matters is a
     share, and good policies are what is asked about.
 
     Args:

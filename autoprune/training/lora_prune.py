@@ -69,8 +69,8 @@ def prune_lora(
 
     As ``train_lora``, and it takes 5 bytes a weight of these layers more, for what is
     pruned and how important it is; checkpoints have these, too. What is pruned stays
-    so, and is ``+0.0`` at the end: ``round(sparsity * n)`` of a layer's weights, or of
-    the units of a structure, earlier first on ties.
+    so, and is ``+0.0`` at the end: as many weights or units as the goals say, earlier
+    first on ties.
 
     Args:
         model: The model; the layers to prune have no pruned weight yet.

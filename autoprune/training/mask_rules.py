@@ -71,7 +71,7 @@ class GradualMagnitude(MaskRule):
 class StraightThrough(MaskRule):
     """Prunes the smallest shadows, again and again, as many as each parameter is to.
 
-    SR-STE (Zhou et al. 2021, arXiv:2102.04010, Eq. 9): all weights learn from the
+    SR-STE (Zhou et al. 2021, arXiv:2102.04010): all weights learn from the
     gradient at the pruned ones (straight-through), and those that are pruned are pulled
     to zero, so that masks settle. Without the pull it is dynamic pruning with feedback
     (Lin et al. 2020, arXiv:2006.07253, Sec. 3).

@@ -65,7 +65,7 @@ def test_of_a_pattern_only_what_may_go_at_its_end_goes_before() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_shadows_are_pulled_to_zero_by_the_decay(decay: float) -> None:
-    """Equation 9, by hand: the gradient is that at the masked weights."""
+    """By hand: the gradient is that at the masked weights."""
     rate, ramp = 0.1, Ramp("constant", 0.0, 1.0)
     rule = StraightThrough(GOALS, ramp, interval=2, decay=decay)
     masks = MovingMasks(FrozenMasks.of_none(network(), GOALS), rule)
