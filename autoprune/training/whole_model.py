@@ -46,7 +46,7 @@ GROUP_LASSO = Parameter(
     "group_lasso",
     float,
     0.0,
-    "Pull of channels, heads and filters to zero, before any has gone.",
+    "Pull of channels, heads and filters to zero before any has gone, as in late.",
     0,
     1e6,
 )
